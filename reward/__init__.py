@@ -1,0 +1,1 @@
+"""Stage 2: labelled responses become a reward model that knows what it does not know."""

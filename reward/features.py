@@ -1,0 +1,134 @@
+"""From a prompt and a response to what the heads see: tokens, padded batches, pooled hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trlhf.errors import UserError
+from trlhf.models import encode_prompt, encode_response
+from trlhf.types import Prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The tokens of a prompt and its response, EOS included; the first ``prompt_length`` of them are the prompt's."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of the response, EOS included; at least 1."""
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right. Masks come from lengths, never from token ids."""
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    prompt_lengths: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What is kept of the hidden states of B samples.
+
+    Attributes:
+        response: hidden state at the last token, beside the mean over the response's tokens.
+        prompt: hidden state at the prompt's last token, before anything of the response was read.
+    """
+
+    response: Float[Tensor, "B F"]
+    prompt: Float[Tensor, "B D"]
+
+    def __getitem__(self, rows: Tensor) -> Pooled:
+        """Return the given rows."""
+        return Pooled(self.response[rows], self.prompt[rows])
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], responses: Sequence[str], max_length: int
+) -> list[Sample]:
+    """Return the tokens of each ``responses[i]`` as the reply to ``prompts[i]``.
+
+    Raises:
+        UserError: a sample is longer than ``max_length`` tokens; nothing is cut silently.
+    """
+    known: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    samples = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        key = prompt_key(prompt)
+        if key not in known:
+            known[key] = encode_prompt(tokenizer, prompt.messages)
+        ids = known[key] + encode_response(tokenizer, response)
+        samples.append(Sample(tuple(ids), len(known[key])))
+    too_long = [i for i, sample in enumerate(samples) if len(sample.ids) > max_length]
+    if too_long:
+        first = too_long[0]
+        raise UserError(
+            f"reward model: prompt {prompts[first].id!r} and its response are {len(samples[first].ids)} tokens "
+            f"together, more than model.max_length={max_length} ({len(too_long)} such); raise it or leave them out"
+        )
+    return samples
+
+
+def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """Return what makes two prompts the same: their messages, whatever their ids."""
+    return tuple((message["role"], message["content"]) for message in prompt.messages)
+
+
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:
+    """Pad samples on the right to the longest of them."""
+    lengths = torch.tensor([len(sample.ids) for sample in samples])
+    ids = torch.full((len(samples), int(lengths.max())), pad_id)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+    mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
+    prompt_lengths = torch.tensor([sample.prompt_length for sample in samples])
+    return Batch(ids.to(device), mask.to(device), prompt_lengths.to(device))
+
+
+def pool(
+    hidden: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"], prompt_lengths: Int[Tensor, " B"]
+) -> Pooled:
+    """Pool the last hidden states in float32; what stands at padded positions does not matter.
+
+    Returns:
+        ``response`` of size 2D: the state at the last real token, then the mean over the response's tokens (EOS
+        counts); ``prompt`` of size D.
+    """
+    hidden = hidden.float()
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None, :]
+    in_response = (attention_mask & (positions >= prompt_lengths[:, None]))[:, :, None]
+    mean = torch.where(in_response, hidden, 0.0).sum(dim=1) / in_response.sum(dim=1)
+    last = hidden[rows, attention_mask.sum(dim=1) - 1]
+    return Pooled(torch.cat([last, mean], dim=1), hidden[rows, prompt_lengths - 1])
+
+
+def pool_all(
+    pooled_batch: Callable[[Batch], Pooled],
+    samples: Sequence[Sample],
+    pad_id: int,
+    batch_size: int,
+    device: torch.device,
+) -> Pooled:
+    """Pool any number of samples in batches of like length, and give them back in their own order, on the CPU."""
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = [samples[i] for i in order[start : start + batch_size]]
+            part = pooled_batch(collate(chosen, pad_id, device))
+            parts.append(Pooled(part.response.cpu(), part.prompt.cpu()))
+    response = torch.cat([part.response for part in parts])
+    prompt = torch.cat([part.prompt for part in parts])
+    return Pooled(response, prompt)[torch.tensor(order).argsort()]

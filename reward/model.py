@@ -1,0 +1,232 @@
+"""The reward model: a language model's backbone, an ensemble of small heads, and the calibration of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trlhf import files
+from trlhf.config import ModelConfig
+from trlhf.errors import UserError
+from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
+from trlhf.reward.features import Batch, Pooled, Sample, encode, pool, pool_all
+from trlhf.reward.heads import EnsembleHeads
+from trlhf.types import Prompt, Score
+
+FORMAT = 1
+BACKBONE, HEADS, SETTINGS = "model", "heads.safetensors", "reward.json"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of calibrated scores on reference samples: (score - mean) / sd is a reward."""
+
+    mean: float = 0.0
+    sd: float = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What turns raw scores into calibrated logits, and those into rewards.
+
+    Attributes:
+        verdict_temperature: raw logits of a right verdict are divided by it.
+        preference_temperature: τ; raw score differences are divided by it.
+        exact: scale of the scores on exact-answer prompts.
+        open: scale of the scores on open prompts.
+    """
+
+    verdict_temperature: float = 1.0
+    preference_temperature: float = 1.0
+    exact: Scale = Scale()
+    open: Scale = Scale()
+
+
+class RewardModel(nn.Module):
+    """Scores of responses, each with the model's own uncertainty; a :class:`trlhf.types.Scorer`.
+
+    On a prompt with an exact answer a score is the calibrated logit of being right, (f + b(x)) / T; on an open one it
+    is f / τ, so that a difference of two is the logit of being preferred. Within a prompt only f matters in both. Its
+    forward pass reads right-padded tokens and returns the raw f of every head.
+
+    Args:
+        backbone: a causal language model; its language-model head is never used.
+        tokenizer: its tokenizer, with the chat template that the responses were sampled under.
+        heads: see :class:`EnsembleHeads`.
+        max_length: tokens of prompt and response together.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: EnsembleHeads, max_length: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.heads = heads
+        self.max_length = max_length
+        self.calibration = Calibration()
+        self.fitted: dict[str, float] = {}  # what the last fit chose; not saved
+        self.eval()
+
+    @classmethod
+    def from_backbone(
+        cls, path: str | Path, config: ModelConfig, *, heads: int = 10, prior_scale: float = 1.0, seed: int = 0
+    ) -> RewardModel:
+        """Build an untrained reward model on a causal language model's folder, on the CPU.
+
+        Raises:
+            UserError: the folder holds no readable model or tokenizer.
+        """
+        backbone = load_causal_lm(path, config)
+        tokenizer = load_tokenizer(path, pad_token=config.pad_token)
+        size = int(backbone.config.hidden_size)
+        return cls(backbone, tokenizer, EnsembleHeads(2 * size, size, heads, prior_scale, seed), config.max_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.heads.weight.device
+
+    def pooled(self, batch: Batch) -> Pooled:
+        """Run the backbone over a batch and pool its last hidden states; gradients flow."""
+        output = self.backbone.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+        )
+        return pool(output.last_hidden_state, batch.attention_mask, batch.prompt_lengths)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B T"],
+        prompt_lengths: Int[Tensor, " B"],
+    ) -> Float[Tensor, "B K"]:
+        """Return the raw score f of each head for right-padded samples, nuisances left out.
+
+        Args:
+            input_ids: prompt, response, EOS, padding.
+            attention_mask: True at real tokens.
+            prompt_lengths: tokens of each prompt.
+        """
+        scores: Tensor = self.heads(self.pooled(Batch(input_ids, attention_mask, prompt_lengths)))
+        return scores
+
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Sample]:
+        """Return the tokens of each response as the reply to its prompt."""
+        return encode(self.tokenizer, prompts, responses, self.max_length)
+
+    def fits(self, prompt: Prompt, response: str) -> bool:
+        """Return whether a prompt and a response are at most ``max_length`` tokens together."""
+        tokens = len(encode_prompt(self.tokenizer, prompt.messages)) + len(encode_response(self.tokenizer, response))
+        return tokens <= self.max_length
+
+    def pool_samples(self, samples: Sequence[Sample], batch_size: int = 64) -> Pooled:
+        """Pool any number of samples, in batches of like length, without gradients, on the CPU."""
+        return pool_all(self.pooled, samples, int(self.tokenizer.pad_token_id), batch_size, self.device)
+
+    @torch.no_grad()
+    def logits(self, prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int = 64) -> Float[Tensor, "B K"]:
+        """Return every head's calibrated score, on the CPU."""
+        pooled = self.pool_samples(self.encode(prompts, responses), batch_size)
+        pooled = Pooled(pooled.response.to(self.device), pooled.prompt.to(self.device))
+        exact = torch.tensor([prompt.task == "exact" for prompt in prompts], device=self.device)[:, None]
+        scores = self.heads.scores(pooled)
+        right = (scores + self.heads.intercepts(pooled)) / self.calibration.verdict_temperature
+        return torch.where(exact, right, scores / self.calibration.preference_temperature).cpu()
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int = 64) -> list[Score]:
+        """Score ``responses[i]`` as the reply to ``prompts[i]``: mean and standard deviation over the heads.
+
+        The result depends neither on the order nor on the company of a response.
+
+        Raises:
+            UserError: a prompt and its response are longer than ``max_length`` together.
+        """
+        if not prompts:
+            return []
+        logits = self.logits(prompts, responses, batch_size)
+        means, sds = logits.mean(dim=1).tolist(), logits.std(dim=1, correction=0).tolist()
+        return [Score(mean, sd) for mean, sd in zip(means, sds, strict=True)]
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``model/`` (the backbone, for plain transformers), ``heads.safetensors`` and ``reward.json``.
+
+        Raises:
+            UserError: the folder cannot be written (the disk is full, say).
+        """
+        directory = Path(directory)
+        with files.new_directory(directory / BACKBONE) as fresh:
+            self.backbone.save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+        state = {name: tensor.contiguous() for name, tensor in self.heads.state_dict().items()}
+        files.write_bytes(directory / HEADS, safetensors.torch.save(state))
+        settings = {
+            "format": FORMAT,
+            "heads": self.heads.heads,
+            "feature_size": self.heads.weight.shape[1],
+            "prompt_size": self.heads.intercept_weight.shape[1],
+            "prior_scale": self.heads.prior_scale,
+            "max_length": self.max_length,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "calibration": asdict(self.calibration),
+        }
+        files.write_json(directory / SETTINGS, settings)
+
+    @classmethod
+    def load(cls, directory: str | Path, config: ModelConfig | None = None, device: str = "cpu") -> RewardModel:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            directory: the folder that holds ``reward.json``.
+            config: dtype and attention to load the backbone with; None: its own dtype, and sdpa.
+            device: where to put it.
+
+        Raises:
+            UserError: something is missing, unreadable or does not fit together.
+        """
+        directory = Path(directory)
+        files.recover(directory / BACKBONE)
+        try:
+            settings = files.read_json(directory / SETTINGS)
+            heads = EnsembleHeads(
+                settings["feature_size"], settings["prompt_size"], settings["heads"], settings["prior_scale"], seed=0
+            )
+            heads.load_state_dict(safetensors.torch.load_file(directory / HEADS))
+            calibration = _calibration(settings["calibration"])
+            config = config or ModelConfig(dtype=settings["dtype"])
+            max_length = int(settings["max_length"])
+        except UserError:
+            raise
+        except Exception as error:  # safetensors, torch and missing keys each raise kinds of their own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"reward model {directory}: cannot be read ({reason}); delete the folder and run stage=reward again"
+            ) from error
+        backbone = load_causal_lm(directory / BACKBONE, config, device)
+        tokenizer = load_tokenizer(directory / BACKBONE, pad_token=config.pad_token)
+        model = cls(backbone, tokenizer, heads.to(device), max_length)
+        model.calibration = calibration
+        return model
+
+
+def reference_scale(scores: Iterable[float]) -> Scale:
+    """Return mean and standard deviation of calibrated scores; where they are all alike, change nothing."""
+    values = torch.tensor(list(scores), dtype=torch.float64)
+    sd = float(values.std(correction=0)) if len(values) > 1 else 0.0
+    return Scale(float(values.mean()), sd) if sd > 1e-6 else Scale()
+
+
+def _calibration(values: Mapping[str, Any]) -> Calibration:
+    return Calibration(
+        float(values["verdict_temperature"]),
+        float(values["preference_temperature"]),
+        Scale(**values["exact"]),
+        Scale(**values["open"]),
+    )

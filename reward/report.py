@@ -1,0 +1,123 @@
+"""What a reward model is worth, on labels that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from trlhf.data import LabelledPair, LabelledResponse
+from trlhf.evaluation.statistics import (
+    accuracy_summary,
+    auc,
+    brier,
+    expected_calibration_error,
+    nll,
+    within_group_auc,
+)
+from trlhf.reward.calibration import RawMargins, raw_margins
+from trlhf.reward.model import RewardModel
+from trlhf.reward.table import group_numbers, prompts_of
+
+Report = dict[str, Any]
+Floats = NDArray[np.float64]
+
+
+def describe_labels(labelled: Sequence[LabelledResponse], pairs: Sequence[LabelledPair]) -> Report:
+    """Count labels by kind and outcome, and the prompts that they are on."""
+    decided = sum(pair.preference != 0.5 for pair in pairs)
+    return {
+        "verdicts": len(labelled),
+        "right": sum(label.right for label in labelled),
+        "preferences": len(pairs),
+        "ties": len(pairs) - decided,
+        "prompts": len(set(group_numbers(prompts_of(labelled, pairs)))),
+    }
+
+
+def assess(
+    model: RewardModel, labelled: Sequence[LabelledResponse], pairs: Sequence[LabelledPair], confidence: float = 0.95
+) -> Report:
+    """Measure a calibrated model on held-out labels.
+
+    A number that the labels cannot give (an AUC without both classes, say) is None. The temperatures were fitted on
+    these same labels, one number for each kind: ``after`` is that much optimistic.
+
+    Returns:
+        ``verdicts`` (accuracy with interval, AUC over all and within prompts, ECE, NLL and Brier score before and after
+        calibration), ``preferences`` (the same without AUC; ties left out), and ``scores`` (Spearman correlation with
+        the response's length, mean variance within prompts).
+    """
+    margins = raw_margins(model, labelled, pairs)
+    return {
+        "verdicts": _verdicts(model, margins, labelled, confidence),
+        "preferences": _preferences(model, margins, confidence),
+        "scores": _scores(model, labelled, pairs),
+    }
+
+
+def _verdicts(
+    model: RewardModel, margins: RawMargins, labelled: Sequence[LabelledResponse], confidence: float
+) -> Report | None:
+    if not labelled:
+        return None
+    raw, right = margins.verdicts, margins.right
+    groups = group_numbers(label.prompt for label in labelled)
+    return {
+        "accuracy": accuracy_summary((raw > 0) == (right == 1), confidence),
+        "auc": auc(raw, right),
+        "auc_within_prompts": within_group_auc(raw, right, groups),
+        **_calibration(raw, right, model.calibration.verdict_temperature),
+    }
+
+
+def _preferences(model: RewardModel, margins: RawMargins, confidence: float) -> Report | None:
+    decided = margins.preferred != 0.5
+    if not decided.any():
+        return None
+    first_better = margins.preferred[decided] == 1
+    raw = margins.preferences[decided]
+    agreeing = np.where(first_better, raw, -raw)  # > 0: the model likes the chosen one better
+    report = {"accuracy": accuracy_summary(agreeing > 0, confidence)}
+    # As a set, comparisons have no first and no second: judge the model's confidence in what it likes better.
+    return report | _calibration(np.abs(raw), (agreeing > 0).astype(float), model.calibration.preference_temperature)
+
+
+def _calibration(margins: Floats, outcomes: Floats, temperature: float) -> Report:
+    report: Report = {"temperature": temperature, "ece": {}, "nll": {}, "brier": {}}
+    for when, scaled in (("before", margins), ("after", margins / temperature)):
+        probabilities = 0.5 * (1 + np.tanh(scaled / 2))
+        report["ece"][when] = expected_calibration_error(probabilities, outcomes)
+        report["nll"][when] = nll(probabilities, outcomes)
+        report["brier"][when] = brier(probabilities, outcomes)
+    return report
+
+
+def _scores(model: RewardModel, labelled: Sequence[LabelledResponse], pairs: Sequence[LabelledPair]) -> Report | None:
+    responses = [(label.prompt, label.response) for label in labelled]
+    responses += [(pair.prompt, text) for pair in pairs for text in (pair.first, pair.second)]
+    if not responses:
+        return None
+    prompts, texts = [prompt for prompt, _ in responses], [text for _, text in responses]
+    scores = model.score(prompts, texts)
+    means = np.array([score.mean for score in scores])
+    lengths = np.array([sample.response_length for sample in model.encode(prompts, texts)], dtype=float)
+    groups = np.array(group_numbers(prompts))
+    variances = [means[groups == group].var() for group in set(groups) if (groups == group).sum() > 1]
+    return {
+        "mean": float(means.mean()),
+        "sd": float(means.std()),
+        "uncertainty": float(np.mean([score.sd for score in scores])),
+        "variance_within_prompts": float(np.mean(variances)) if variances else None,
+        "length_correlation": rank_correlation(means, lengths),
+    }
+
+
+def rank_correlation(first: Floats, second: Floats) -> float | None:
+    """Return Spearman's ρ; None where one side never varies."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)

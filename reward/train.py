@@ -1,0 +1,185 @@
+"""Stage 2 in the order in which it happens: split, fit, calibrate, assess, save, reload, compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trlhf.config import Config
+from trlhf.console import progress
+from trlhf.data import LabelledPair, LabelledResponse
+from trlhf.errors import UserError
+from trlhf.reward.calibration import calibrate
+from trlhf.reward.fit import fit, fit_settings
+from trlhf.reward.model import RewardModel, reference_scale
+from trlhf.reward.report import assess, describe_labels
+from trlhf.reward.split import Label, Labels, check_apart, split_by_prompt
+from trlhf.reward.table import tabulate
+from trlhf.run import StageDirectory
+from trlhf.types import Prompt
+
+RELOAD_TOLERANCE = 1e-5
+
+
+def train_reward(
+    labelled: Sequence[LabelledResponse],
+    pairs: Sequence[LabelledPair],
+    config: Config,
+    stage: StageDirectory,
+    backbone: Path,
+    held_out: Labels | None = None,
+) -> dict[str, Any]:
+    """Train, calibrate, assess and save a reward model in a stage's folder.
+
+    The same labels, configuration and backbone give the same bytes; the stage is short, so a killed one starts again.
+    The stage calls itself complete only after what it saved was loaded again and scored every label as before.
+
+    Args:
+        labelled: verdicts.
+        pairs: preferences.
+        config: ``reward``, ``model``, ``hardware``, ``evaluation.confidence`` and ``seed`` matter.
+        stage: receives ``model/``, ``heads.safetensors``, ``reward.json``, ``samples.jsonl`` and ``metrics.jsonl``.
+        backbone: folder of the SFT model.
+        held_out: labels to calibrate on, on prompts that no training label is on; None: ``reward.holdout`` of them.
+
+    Returns:
+        The report: labels by kind, what was chosen, held-out measures (see :func:`trlhf.reward.report.assess`), notes.
+
+    Raises:
+        UserError: no labels, an unreadable backbone, a prompt on both sides, a disk that is full.
+        RuntimeError: the saved model, loaded again, scores differently.
+    """
+    settings = fit_settings(config)
+    model = RewardModel.from_backbone(
+        backbone,
+        config.model,
+        heads=config.reward.heads,
+        prior_scale=config.reward.prior_scale,
+        seed=config.seed,
+    ).to(_device(config))
+    given = Labels(labelled, pairs)
+    training = _usable(model, given)
+    if held_out is None:
+        training, held = split_by_prompt(training, config.reward.holdout, config.seed)
+        too_long = len(given) - len(training) - len(held)
+    else:
+        held = _usable(model, held_out)
+        check_apart(training, held)
+        too_long = len(given) + len(held_out) - len(training) - len(held)
+    stage.rewind(-1)
+    epochs = 0 if settings.finetune == "frozen" else math.ceil(settings.epochs)
+    with progress("reward model: heads, then epochs of the backbone", 1 + epochs) as advance:
+
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            stage.log(step, **metrics)
+            if step == 0 or "validation_loss" in metrics:
+                advance(1)
+
+        fit(model, training.responses, training.pairs, settings, log)
+    notes = [*_warnings(training, too_long), *calibrate(model, held.responses, held.pairs)]
+    _set_scales(model, Labels([*training.responses, *held.responses], [*training.pairs, *held.pairs]))
+    report = {
+        "labels": {
+            "train": describe_labels(training.responses, training.pairs),
+            "held_out": describe_labels(held.responses, held.pairs),
+            "too_long": too_long,
+        },
+        "fit": {"finetune": settings.finetune, "heads": model.heads.heads, **model.fitted},
+        "held_out": assess(model, held.responses, held.pairs, config.evaluation.confidence),
+        "train": assess(model, training.responses, training.pairs, config.evaluation.confidence),
+        "notes": notes,
+    }
+    model.save(stage.path)
+    check_saved(model, stage.path, config, [*training.responses, *held.responses], [*training.pairs, *held.pairs])
+    stage.write_jsonl("samples.jsonl", _sample_rows(model, held))
+    stage.complete(report)
+    return report
+
+
+def check_saved(
+    model: RewardModel,
+    directory: Path,
+    config: Config,
+    labelled: Sequence[LabelledResponse],
+    pairs: Sequence[LabelledPair],
+) -> None:
+    """Load a saved reward model and compare every head's score of every labelled response.
+
+    Raises:
+        RuntimeError: a score differs by more than 1e-5.
+    """
+    _, prompts, responses = tabulate(labelled, pairs)
+    again = RewardModel.load(directory, config.model, str(model.device))
+    difference = float((model.logits(prompts, responses) - again.logits(prompts, responses)).abs().max())
+    if not difference <= RELOAD_TOLERANCE or again.calibration != model.calibration:
+        raise RuntimeError(
+            f"reward model {directory}: loaded again, its scores differ by up to {difference:.3g} from those it was "
+            f"saved with (at most {RELOAD_TOLERANCE} is allowed); do not use it, and report this"
+        )
+
+
+def _usable(model: RewardModel, labels: Labels) -> Labels:
+    """Return the labels whose responses fit into the context with their prompt."""
+
+    def fits(label: Label) -> bool:
+        texts = [label.response] if isinstance(label, LabelledResponse) else [label.first, label.second]
+        return all(model.fits(label.prompt, text) for text in texts)
+
+    kept = labels.keep(fits)
+    if len(labels) and not len(kept):
+        raise UserError(
+            f"reward model: none of the {len(labels)} labelled responses fits into "
+            f"model.max_length={model.max_length} tokens with its prompt; raise it"
+        )
+    return kept
+
+
+def _warnings(training: Labels, too_long: int) -> list[str]:
+    notes = []
+    outcomes = {label.right for label in training.responses}
+    if len(outcomes) == 1:
+        only = "right" if outcomes == {True} else "wrong"
+        notes.append(f"every verdict in training is '{only}': nothing tells right from wrong, so scores mean little")
+    if too_long:
+        notes.append(f"{too_long} labels left out: longer than model.max_length together with their prompt")
+    return notes
+
+
+def _set_scales(model: RewardModel, labels: Labels) -> None:
+    """Take mean and standard deviation of the calibrated scores over every labelled response."""
+    _, prompts, responses = tabulate(labels.responses, labels.pairs)
+    scored = list(zip(prompts, model.score(prompts, responses), strict=True))
+    model.calibration = replace(
+        model.calibration,
+        exact=reference_scale(score.mean for prompt, score in scored if prompt.task == "exact"),
+        open=reference_scale(score.mean for prompt, score in scored if prompt.task == "open"),
+    )
+
+
+def _sample_rows(model: RewardModel, labels: Labels) -> list[dict[str, Any]]:
+    """Return the held-out labels with what the model thinks of them."""
+    rows: list[dict[str, Any]] = []
+    table, prompts, responses = tabulate(labels.responses, labels.pairs)
+    scores = model.score(prompts, responses)
+    for number, label in zip(table.verdict_rows.tolist(), labels.responses, strict=True):
+        rows.append(_row(label.prompt, label.response) | {"right": label.right, "score": vars(scores[number])})
+    for number, pair in enumerate(labels.pairs):
+        first, second = scores[int(table.first_rows[number])], scores[int(table.second_rows[number])]
+        texts = {"first": pair.first, "second": pair.second, "preference": pair.preference}
+        rows.append({"prompt": list(pair.prompt.messages), **texts, "scores": [vars(first), vars(second)]})
+    return rows
+
+
+def _row(prompt: Prompt, response: str) -> dict[str, Any]:
+    return {"prompt": list(prompt.messages), "response": response}
+
+
+def _device(config: Config) -> str:
+    if config.hardware.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.hardware.device

@@ -1,0 +1,73 @@
+"""The trainer's steps go to the progress bar and the stage's metrics, and its checkpoints are sealed."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trlhf.console import Advance, progress
+from trlhf.errors import UserError
+from trlhf.sft.checkpoints import seal
+
+if TYPE_CHECKING:
+    from trlhf.run import StageDirectory
+
+_NAMES = {
+    "loss": "loss",
+    "mean_token_accuracy": "token_accuracy",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "epoch": "epoch",
+}
+
+
+class StageCallback(TrainerCallback):
+    """Show every optimizer step, log it to ``metrics.jsonl``, and seal every checkpoint.
+
+    A context: leaving it closes the progress bar.
+    """
+
+    def __init__(self, stage: StageDirectory) -> None:
+        self._stage = stage
+        self._advance: Advance | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> StageCallback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the progress bar, at the step where training goes on."""
+        self._advance = self._open.enter_context(progress("sft steps", state.max_steps))
+        self._advance(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append a line; stop when the loss is no number any more."""
+        if not logs or "loss" not in logs:  # the trainer's closing summary has another shape
+            return
+        self._stage.log(state.global_step, **{ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs})
+        if self._advance is not None:
+            self._advance(1, f"loss {logs['loss']:.3f}")
+        if not math.isfinite(logs["loss"]):
+            raise UserError(
+                f"sft: the loss is {logs['loss']} at step {state.global_step}; try a smaller sft.learning_rate, or "
+                "model.dtype=float32"
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Seal the checkpoint that has just been written."""
+        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

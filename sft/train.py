@@ -1,0 +1,250 @@
+"""Stage 1: learn to answer as the demonstrations do, through TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_config import SFTConfig as TrlConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from trlhf import files
+from trlhf.console import quiet_libraries
+from trlhf.errors import UserError
+from trlhf.models import load_causal_lm, load_tokenizer, model_path
+from trlhf.sft.checkpoints import newest_whole
+from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
+from trlhf.sft.report import StageCallback
+from trlhf.sft.templates import apply_template
+from trlhf.types import Demonstration, RowReport
+
+if TYPE_CHECKING:
+    from trlhf.config import Config
+    from trlhf.run import StageDirectory
+
+CHECKPOINTS = "checkpoints"
+KEPT = 2  # the newest is sealed only after the trainer has deleted what exceeds this, so one would be none for a moment
+SAMPLES = 8
+_log = logging.getLogger(__name__)
+
+
+def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: StageDirectory) -> dict[str, Any]:
+    """Fine-tune the base model on demonstrations; leave ``model/`` (and ``adapter/`` with LoRA) in the stage's folder.
+
+    The loss is the mean negative log-likelihood over the response tokens of a whole optimizer step, EOS included, in
+    nats; microbatches and packing do not change it. In ``bfloat16`` full fine-tuning keeps float32 weights and computes
+    in bfloat16, since AdamW's small steps would vanish in bfloat16 weights; the model is saved in ``model.dtype``.
+
+    A run that was stopped goes on from its newest whole checkpoint, with the batches, optimizer and random states that
+    an undisturbed run would have had.
+
+    Args:
+        demonstrations: chats that end in the assistant's turn.
+        config: the whole configuration.
+        stage: folder of the stage.
+
+    Returns:
+        The metrics that are also in ``metrics.json``.
+
+    Raises:
+        UserError: no usable demonstration, a tokenizer or template that cannot do, an unreadable base, a loss that
+            is not finite, or a full disk.
+    """
+    quiet_libraries()
+    tokenizer = _tokenizer(config)
+    encoded, report = _encode(demonstrations, tokenizer, config)
+    _write_samples(demonstrations, tokenizer, stage)
+
+    dataset = _dataset(encoded, config)
+    with StageCallback(stage) as callback:
+        trainer = _trainer(dataset, len(encoded), tokenizer, config, stage.path / CHECKPOINTS, callback)
+        start = newest_whole(stage.path / CHECKPOINTS)
+        stage.rewind(start[1] if start else 0)
+        if start:
+            _log.info("sft: going on from step %d (%s)", start[1], start[0])
+        _train(trainer, start[0] if start else None, stage.path)
+    _save(trainer.model, tokenizer, config, stage)
+
+    metrics: dict[str, Any] = {
+        "demonstrations": len(encoded),
+        "rows": dataclasses.asdict(report),
+        "response_tokens": sum(sum(row.completion_mask) for row in encoded),
+        "sequences": len(dataset),
+        "steps": trainer.state.global_step,
+        "loss": _last(trainer, "loss"),
+        "token_accuracy": _last(trainer, "mean_token_accuracy"),
+    }
+    stage.complete(metrics)
+    shutil.rmtree(stage.path / CHECKPOINTS, ignore_errors=True)
+    return metrics
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    model = config.model
+    tokenizer = load_tokenizer(model_path(model.name), pad_token=model.pad_token, revision=model.revision)
+    tokenizer.padding_side = "right"
+    return apply_template(tokenizer, config.template)
+
+
+def _encode(
+    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, config: Config
+) -> tuple[list[EncodedDemonstration], RowReport]:
+    if len(demonstrations) > config.sft.max_prompts:
+        _log.warning(
+            "sft: %d demonstrations are more than sft.max_prompts=%d; a few thousand good ones are meant to be enough",
+            len(demonstrations),
+            config.sft.max_prompts,
+        )
+    encoded, report = encode_demonstrations(tokenizer, demonstrations, config.model.max_length)
+    check_encoded(encoded, int(tokenizer.eos_token_id))
+    _log.info(report.describe())
+    return encoded, report
+
+
+def _last(trainer: SFTTrainer, name: str) -> float | None:
+    """Return a metric of the last optimizer step; the trainer's history survives a restart, unlike our own memory."""
+    values = [float(entry[name]) for entry in trainer.state.log_history if "loss" in entry and name in entry]
+    return values[-1] if values else None
+
+
+def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset:
+    """Return the rows as TRL's collator takes them: ``input_ids`` and ``labels``; ``seq_lengths`` where packed."""
+    dataset = Dataset.from_dict(
+        {"input_ids": [list(row.input_ids) for row in encoded], "labels": [row.labels for row in encoded]}
+    )
+    # Best-fit decreasing keeps every demonstration whole and, by its position ids, blind to its neighbours.
+    return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset
+
+
+def _trainer(
+    dataset: Dataset,
+    demonstrations: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    output: Path,
+    callback: StageCallback,
+) -> SFTTrainer:
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
+    transformers.set_seed(config.seed)
+    trainer = SFTTrainer(
+        model=_load_base(config, tokenizer),
+        args=_arguments(config, output, demonstrations / len(dataset)),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=_lora(config) if config.model.lora.enabled else None,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
+    """Translate the configuration; where ``per_row`` demonstrations share a row, a step takes so much fewer rows."""
+    sft = config.sft
+    rows_per_step = max(1, round(sft.batch_size / per_row))
+    rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
+    on_gpu = _device(config) == "cuda"
+    return TrlConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=rows_per_pass,
+        gradient_accumulation_steps=max(1, round(rows_per_step / rows_per_pass)),
+        num_train_epochs=sft.epochs,
+        learning_rate=sft.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=sft.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=sft.weight_decay,
+        max_grad_norm=sft.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        accelerator_config={"use_seedable_sampler": True},
+        bf16=config.model.dtype == "bfloat16",
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        activation_checkpointing=on_gpu,
+        packing=sft.packing,
+        packing_strategy="bfd",
+        max_length=config.model.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="steps",
+        save_steps=sft.save_steps,
+        save_total_limit=KEPT,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    full = not config.model.lora.enabled
+    loaded = dataclasses.replace(config.model, dtype="float32") if full else config.model
+    model = load_causal_lm(model_path(config.model.name), loaded)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(do_sample=False, **ids)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _lora(config: Config) -> Any:
+    from peft import LoraConfig
+
+    lora = config.model.lora
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _device(config: Config) -> str:
+    if config.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda: torch finds no CUDA device; set hardware.device=cpu or auto")
+    return "cuda" if config.hardware.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path) -> None:
+    try:
+        with files.writing(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error):  # torch's own word for a file that could not be written
+            raise UserError(f"{folder}: a checkpoint cannot be written: {files.FULL}") from error
+        raise
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, config: Config, stage: StageDirectory) -> None:
+    if config.model.lora.enabled:
+        with stage.new_directory("adapter") as folder:
+            model.save_pretrained(folder)
+        model = model.merge_and_unload()
+    model.to(getattr(torch, config.model.dtype))
+    model.config.use_cache = True
+    with stage.new_directory("model") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_samples(
+    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, stage: StageDirectory
+) -> None:
+    """Write the first demonstrations as the model reads them."""
+    rows = []
+    for demonstration in demonstrations[:SAMPLES]:
+        chat: Any = [dict(turn) for turn in demonstration.messages]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        rows.append({"source": demonstration.source, "kind": demonstration.kind, "text": text})
+    stage.write_jsonl("samples.jsonl", rows)

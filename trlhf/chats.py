@@ -1,0 +1,141 @@
+"""One row of a data set, in any of the usual shapes, becomes one chat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+from trlhf.types import Message
+
+Role = Literal["system", "user", "assistant"]
+
+SHAPES = (
+    "'messages' (a list of role and content), 'prompt' and 'completion', 'prompt' and 'chosen', "
+    "'conversations' (ShareGPT: from and value), 'instruction', 'input' and 'output' (Alpaca), 'question' and 'answer'"
+)
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class MalformedRow(ValueError):
+    """A row that holds no usable chat; the message says what is wrong with it, and becomes a reason in a RowReport."""
+
+
+def chat_from_row(data: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Return the chat that a row holds, response included where the row has one.
+
+    The shape is read off the row's own columns, so a data set may mix shapes; a column that is None counts as absent.
+    ``rejected`` is not read: it is not to be imitated.
+
+    Raises:
+        MalformedRow: no known shape, a turn without text, or turns in an impossible order.
+    """
+    row = {key: value for key, value in data.items() if value is not None}
+    if "messages" in row:
+        messages = _turns(row["messages"], "messages")
+    elif "conversations" in row:
+        messages = _turns(row["conversations"], "conversations")
+    elif "chosen" in row:
+        messages = _join(row.get("prompt", []), "chosen", row["chosen"])
+    elif "prompt" in row:
+        messages = _join(row["prompt"], "completion", row.get("completion", []))
+    elif "instruction" in row:
+        messages = _alpaca(row)
+    elif "question" in row:
+        messages = [_message("user", row["question"], "question")]
+        if "answer" in row:
+            answer = row["answer"]
+            text = str(answer) if isinstance(answer, int | float) else answer
+            messages.append(_message("assistant", text, "answer"))
+    else:
+        raise MalformedRow("missing 'messages' (or another known shape)")
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        messages.insert(0, _message("system", row["system"], "system"))
+    _check_order(messages)
+    return tuple(messages)
+
+
+def context_of(chat: Sequence[Message]) -> tuple[Message, ...]:
+    """Return a chat up to its last user turn: the part that waits for a response."""
+    last = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    return tuple(chat[: last + 1])
+
+
+def _join(prompt: Any, column: str, response: Any) -> list[Message]:
+    before = [_message("user", prompt, "prompt")] if isinstance(prompt, str) else _optional_turns(prompt, "prompt")
+    if isinstance(response, str):
+        return [*before, _message("assistant", response, column)]
+    after = _optional_turns(response, column)
+    if after and after[0]["role"] != "assistant":  # the column repeats the whole chat, prompt included
+        return after
+    return before + after
+
+
+def _alpaca(row: Mapping[str, Any]) -> list[Message]:
+    instruction, extra = row["instruction"], row.get("input", "")
+    if not isinstance(extra, str):
+        raise MalformedRow(f"'input' is {_kind(extra)}, not text")
+    if isinstance(instruction, str) and extra.strip():
+        instruction = f"{instruction.strip()}\n{extra.strip()}"
+    messages = [_message("user", instruction, "instruction")]
+    if "output" in row:
+        messages.append(_message("assistant", row["output"], "output"))
+    return messages
+
+
+def _optional_turns(value: Any, column: str) -> list[Message]:
+    return _turns(value, column) if isinstance(value, list | tuple) and len(value) else _empty(value, column)
+
+
+def _empty(value: Any, column: str) -> list[Message]:
+    if isinstance(value, list | tuple):
+        return []
+    raise MalformedRow(f"{column!r} is {_kind(value)}, neither text nor a list of messages")
+
+
+def _turns(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list | tuple) or not value:
+        raise MalformedRow(f"{column!r} is {_kind(value)}, not a list of messages")
+    return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(value)]
+
+
+def _turn(turn: Any, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise MalformedRow(f"{place} is {_kind(turn)}, not an object with role and content")
+    role = turn.get("role", turn.get("from"))
+    if role not in _ROLES:
+        raise MalformedRow(f"{place} has the role {role!r}, which is none of {', '.join(_ROLES)}")
+    return _message(_ROLES[cast(str, role)], turn.get("content", turn.get("value")), place)
+
+
+def _message(role: Role, content: Any, place: str) -> Message:
+    if not isinstance(content, str):
+        raise MalformedRow(f"{place} is {_kind(content)}, not text")
+    if not content.strip():
+        raise MalformedRow(f"{place} is empty")
+    return {"role": role, "content": content.strip()}
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    turns = [message["role"] for message in messages]
+    if turns and turns[0] == "system":
+        turns = turns[1:]
+    if not turns:
+        raise MalformedRow("no user turn")
+    for index, role in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if role != expected:
+            raise MalformedRow(f"turn {index + 1} is by the {role} where the {expected}'s was expected")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return {str: "text", dict: "an object", list: "a list", bool: "true/false"}.get(type(value), type(value).__name__)

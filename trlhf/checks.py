@@ -1,0 +1,232 @@
+"""Values that are fine alone and contradict each other. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trlhf.schema import Problem, show
+
+if TYPE_CHECKING:
+    from trlhf.config import Config
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """Yield every contradiction in a configuration whose single values are in range."""
+    yield from _batches(config)
+    yield from _model(config)
+    yield from _data(config)
+    yield from _labels(config)
+    yield from _rl(config)
+
+
+def _batches(config: Config) -> Iterator[Problem]:
+    """Rollout ⊃ minibatch ⊃ microbatch: indivisible sizes would drop or double responses."""
+    rl = config.rl
+    if rl.algorithm == "ppo":
+        rollout_keys = ("rl.prompts_per_step", "rl.samples_per_prompt")
+        yield from _divides(
+            "rl.minibatch_size", rl.minibatch_size, rollout_keys, rl.prompts_per_step * rl.samples_per_prompt
+        )
+        yield from _divides("rl.microbatch_size", rl.microbatch_size, ("rl.minibatch_size",), rl.minibatch_size)
+    sft, reward = config.sft, config.reward
+    yield from _divides("sft.microbatch_size", sft.microbatch_size, ("sft.batch_size",), sft.batch_size)
+    yield from _divides("reward.microbatch_size", reward.microbatch_size, ("reward.batch_size",), reward.batch_size)
+
+
+def _divides(key: str, part: int, whole_keys: tuple[str, ...], whole: int) -> Iterator[Problem]:
+    if whole % part == 0:
+        return
+    divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+    smaller = [number for number in divisors if number < part][-1:]
+    larger = [number for number in divisors if number > part][:1]
+    remedy = " or ".join(str(number) for number in smaller + larger)
+    name = "*".join(whole_keys)
+    yield Problem((key, *whole_keys), f"{key}={part} must divide {name}={whole}; try {remedy}")
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.name != "micro" and not _found(model.name):
+        yield Problem(
+            ("model.name",),
+            f"model.name={model.name} is neither micro, nor a folder that exists, nor a hub name like owner/name; "
+            "give one of the three",
+        )
+    if model.name == "micro" and model.revision is not None:
+        yield Problem(
+            ("model.name", "model.revision"),
+            f"model.revision={model.revision} is for hub models, but model.name=micro is embedded; leave it out",
+        )
+    if model.attention == "flash_attention_2" and config.hardware.device == "cpu":
+        yield Problem(
+            ("model.attention", "hardware.device"),
+            "model.attention=flash_attention_2 needs a GPU, but hardware.device=cpu; use model.attention=sdpa",
+        )
+    if model.lora.enabled and not model.lora.target_modules:
+        yield Problem(
+            ("model.lora.target_modules",),
+            "model.lora.target_modules=[] with model.lora.enabled=true would train nothing; name some layers",
+        )
+    if model.lora.enabled and config.reward.finetune == "full":
+        yield Problem(
+            ("model.lora.enabled", "reward.finetune"),
+            "reward.finetune=full would train a second whole copy of the base, but model.lora.enabled=true keeps one "
+            "base with adapters; use reward.finetune=lora (or frozen), or model.lora.enabled=false",
+        )
+    for key, tokens in (
+        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens),
+        ("rl.max_new_tokens", config.rl.max_new_tokens),
+    ):
+        if tokens >= model.max_length:
+            yield Problem(
+                (key, "model.max_length"),
+                f"{key}={tokens} must be smaller than model.max_length={model.max_length}, which holds the prompt too; "
+                f"try {model.max_length // 2}",
+            )
+    name = config.template.name
+    if name not in ("cerebrum", "chatml", "tokenizer") and not (name.endswith(".jinja") and Path(name).is_file()):
+        yield Problem(
+            ("template.name",),
+            f"template.name={name} is neither cerebrum, chatml, tokenizer, nor a .jinja file that exists; give one",
+        )
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    data, stage = config.data, config.stage
+    files = {key: getattr(data, key) for key in ("sft", "pool", "test", "labels")}
+    if data.name == "gsm8k" and data.path is None:
+        yield Problem(
+            ("data.name", "data.path"),
+            "data.path is missing, but data.name=gsm8k reads train.jsonl and test.jsonl there; "
+            "give data.path=FOLDER or data.path=openai/gsm8k",
+        )
+    if data.name != "gsm8k" and data.path is not None:
+        yield Problem(
+            ("data.name", "data.path"),
+            f"data.path={data.path} is read only with data=gsm8k, but data.name={data.name}; add data=gsm8k"
+            + (" or use data.sft, data.pool and data.test" if data.name == "file" else " or leave data.path out"),
+        )
+    needed = {"all": ("sft", "pool", "test"), "sft": ("sft",), "reward": ("pool",), "rl": ("pool",), "eval": ("test",)}
+    for key in needed[stage] if data.name == "file" else ():
+        if files[key] is None:
+            yield Problem(
+                ("data.name", f"data.{key}"),
+                f"data.{key} is missing, but data.name=file needs it for stage={stage}; "
+                f"give data.{key}=FILE (.jsonl, .json, .csv, .parquet, a folder or a hub name)",
+            )
+    for key, value in files.items():
+        if value is not None and data.name != "file":
+            yield Problem(
+                ("data.name", f"data.{key}"),
+                f"data.{key}={value} is read only with data=file, not with data.name={data.name}; "
+                "add data=file or leave it out",
+            )
+    for key, value in {"path": data.path, **files}.items():
+        if value is not None and not _found(value):
+            yield Problem(
+                (f"data.{key}",),
+                f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
+                "correct the path",
+            )
+
+
+def _labels(config: Config) -> Iterator[Problem]:
+    labeler, reward, targeting = config.labeler, config.reward, config.targeting
+    if reward.labels > targeting.budget:
+        yield Problem(
+            ("reward.labels", "targeting.budget"),
+            f"reward.labels={reward.labels} must not exceed targeting.budget={targeting.budget}, which is for the "
+            f"whole run; lower reward.labels (a quarter would be {max(1, targeting.budget // 4)}) or raise "
+            "targeting.budget",
+        )
+    free = config.data.labels is not None or config.data.name == "gsm8k"  # which comes with labelled solutions
+    if reward.labels == 0 and not free:
+        yield Problem(
+            ("reward.labels", "data.labels"),
+            "reward.labels=0 buys no labels and data.labels names none, but the reward model needs some; "
+            "raise reward.labels or give data.labels=FILE",
+        )
+    if labeler.name == "simulated" and config.data.name != "micro":
+        yield Problem(
+            ("labeler.name", "data.name"),
+            f"labeler.name=simulated knows only the embedded world, not data.name={config.data.name}; "
+            "use labeler=exact",
+        )
+    if labeler.name == "exact" and targeting.preference_share > 0:
+        yield Problem(
+            ("labeler.name", "targeting.preference_share"),
+            f"targeting.preference_share={show(targeting.preference_share)} asks for preferences, but "
+            "labeler.name=exact can only judge final answers; use targeting.preference_share=0 (labeler=exact sets it) "
+            "or labeler=simulated",
+        )
+    if labeler.name == "exact" and labeler.position_bias > 0:
+        yield Problem(
+            ("labeler.name", "labeler.position_bias"),
+            f"labeler.position_bias={show(labeler.position_bias)} is about preferences, but labeler.name=exact gives "
+            "none; leave it out or use labeler=simulated",
+        )
+    if targeting.candidates < config.rl.prompts_per_step:
+        yield Problem(
+            ("targeting.candidates", "rl.prompts_per_step"),
+            f"targeting.candidates={targeting.candidates} must be at least "
+            f"rl.prompts_per_step={config.rl.prompts_per_step}; raise the first or lower the second",
+        )
+    if 0 < config.data.pool_prompts < config.rl.prompts_per_step:
+        yield Problem(
+            ("data.pool_prompts", "rl.prompts_per_step"),
+            f"data.pool_prompts={config.data.pool_prompts} must be at least "
+            f"rl.prompts_per_step={config.rl.prompts_per_step} (0 means all); raise the first or lower the second",
+        )
+
+
+def _rl(config: Config) -> Iterator[Problem]:
+    rl = config.rl
+    steps = rl.rounds * rl.steps_per_round
+    if rl.algorithm == "ppo" and rl.advantage == "leave_one_out" and rl.samples_per_prompt < 2:
+        yield Problem(
+            ("rl.advantage", "rl.samples_per_prompt"),
+            "rl.samples_per_prompt=1 leaves no other response to compare with, but rl.advantage=leave_one_out needs "
+            "at least 2; raise it or use rl.advantage=gae",
+        )
+    if rl.algorithm == "dpo" and rl.samples_per_prompt < 2:
+        yield Problem(
+            ("rl.algorithm", "rl.samples_per_prompt"),
+            "rl.samples_per_prompt=1 makes no pair, but rl.algorithm=dpo learns from pairs; use at least 2",
+        )
+    if rl.kl_target is not None and rl.kl_coef == 0:
+        yield Problem(
+            ("rl.kl_target", "rl.kl_coef"),
+            f"rl.kl_target={show(rl.kl_target)} adapts rl.kl_coef by factors, but rl.kl_coef=0 stays 0; "
+            "start from 0.02, or set rl.kl_target=null",
+        )
+    if rl.anchor_coef > 0 and rl.anchor_prompts == 0:
+        yield Problem(
+            ("rl.anchor_coef", "rl.anchor_prompts"),
+            f"rl.anchor_prompts=0 gives rl.anchor_coef={show(rl.anchor_coef)} nothing to hold still; "
+            "raise rl.anchor_prompts or set rl.anchor_coef=0",
+        )
+    if rl.dual_clip <= 1 + rl.clip_range:
+        yield Problem(
+            ("rl.dual_clip", "rl.clip_range"),
+            f"rl.dual_clip={show(rl.dual_clip)} must be greater than 1+rl.clip_range={show(1 + rl.clip_range)}; try 3",
+        )
+    for key, value in (("rl.warmup_steps", rl.warmup_steps), ("rl.value_warmup_steps", rl.value_warmup_steps)):
+        if value >= steps:
+            yield Problem(
+                (key, "rl.rounds", "rl.steps_per_round"),
+                f"{key}={value} must be smaller than rl.rounds*rl.steps_per_round={steps}, or the policy never learns; "
+                f"try {steps // 10}",
+            )
+
+
+def _found(name: str) -> bool:
+    """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
+    return Path(name).expanduser().exists() or (
+        HUB_NAME.fullmatch(name) is not None and Path(name).suffix not in FILE_SUFFIXES
+    )

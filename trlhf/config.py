@@ -1,0 +1,241 @@
+"""Every value of a run: type, default, unit and source, once. No torch here.
+
+The defaults are those of the embedded world (``model=micro data=micro``); ``conf/`` holds composition and what differs.
+"Per step" means per optimizer step; learning rates are AdamW's peak, falling linearly to 0 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from trlhf.errors import ConfigError
+from trlhf.schema import build, setting
+
+Stage = Literal["all", "sft", "reward", "rl", "eval"]
+MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go."""
+
+    dir: str | None = None  # folder; null: a dated one under runs/
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685)."""
+
+    enabled: bool = False  # false: full fine-tuning
+    r: int = setting(16, low=1)  # rank
+    alpha: int = setting(32, low=1)  # scale of the update is alpha / r
+    dropout: float = setting(0.0, low=0, below=1)  # 0: PPO's ratio needs dropout off
+    target_modules: list[str] = setting(MISTRAL_LINEAR)  # names of the linear layers that get adapters
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str = "micro"  # "micro": the embedded base; else a hub name or a local folder
+    revision: str | None = None  # hub revision (commit, tag or branch)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    max_length: int = setting(1024, low=16)  # tokens of prompt and response together
+    pad_token: str | None = None  # token to pad with when the tokenizer names none; never EOS
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts, demonstrations and labels come from."""
+
+    name: Literal["micro", "gsm8k", "file"] = "micro"
+    path: str | None = None  # gsm8k: folder with train.jsonl and test.jsonl, or a hub name
+    sft: str | None = None  # file: demonstrations (file, folder or hub name)
+    pool: str | None = None  # file: prompts to sample from in the reward and rl stages
+    test: str | None = None  # file: held-out prompts with answers
+    labels: str | None = None  # file: labels that exist already, free of charge
+    sft_prompts: int = setting(800, low=0)  # at most so many demonstrations; 0: all
+    pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
+    test_prompts: int = setting(400, low=0)  # at most so many; 0: all
+
+
+@dataclass(frozen=True)
+class TemplateConfig:
+    """How a chat becomes text."""
+
+    name: str = "cerebrum"  # cerebrum, chatml, tokenizer (the tokenizer's own) or the path of a .jinja file
+    system: str | None = None  # replaces the template's system line
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Stage 1: imitation of native chains of thought."""
+
+    epochs: float = setting(2.0, above=0)
+    learning_rate: float = setting(5e-4, above=0, below=1)
+    batch_size: int = setting(16, low=1)  # sequences per step
+    microbatch_size: int = setting(16, low=1)  # sequences per forward pass
+    warmup_ratio: float = setting(0.05, low=0, below=1)  # share of all steps
+    weight_decay: float = setting(0.0, low=0)
+    max_grad_norm: float = setting(1.0, above=0)
+    packing: bool = False  # several demonstrations in one row
+    max_prompts: int = setting(5000, low=1)  # a warning above it: Cerebrum's card promises fewer
+    save_steps: int = setting(50, low=1)  # steps between checkpoints
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Stage 2: a reward model with uncertainty, from a small labelled set."""
+
+    labels: int = setting(64, low=0)  # that this stage may buy; 0 where labels come with the data
+    samples_per_prompt: int = setting(8, low=2, remedy="one response alone cannot be compared")
+    heads: int = setting(10, low=1)  # ensemble size (Osband et al., https://arxiv.org/abs/1806.03335)
+    finetune: Literal["frozen", "lora", "full"] = "full"  # what of the SFT backbone is trained
+    epochs: float = setting(4.0, above=0)
+    learning_rate: float = setting(2e-4, above=0, below=1)
+    batch_size: int = setting(16, low=1)  # labels per step
+    microbatch_size: int = setting(16, low=1)  # labels per forward pass
+    holdout: float = setting(0.2, above=0, below=1)  # share of the labels kept for calibration
+    prior_scale: float = setting(1.0, low=0)  # of each head's fixed random prior
+    weight_decay: float = setting(0.01, low=0)
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """Stage 3. PPO: Schulman et al., https://arxiv.org/abs/1707.06347; DPO: https://arxiv.org/abs/2305.18290."""
+
+    algorithm: Literal["ppo", "dpo"] = "ppo"
+    rounds: int = setting(4, low=1)  # of rollouts → frontier → labels → refit → update
+    steps_per_round: int = setting(8, low=1)  # rollout batches per round
+    prompts_per_step: int = setting(32, low=1)
+    samples_per_prompt: int = setting(8, low=1)  # responses
+    temperature: float = setting(1.0, above=0, remedy="sampling and log-probabilities share it")
+    max_new_tokens: int = setting(160, low=1)
+    epochs: int = setting(1, low=1)  # passes over each rollout batch
+    minibatch_size: int = setting(64, low=1)  # responses per step
+    microbatch_size: int = setting(64, low=1)  # responses per forward pass
+    learning_rate: float = setting(3e-4, above=0, below=1)
+    warmup_steps: int = setting(0, low=0)  # rollout batches
+    advantage: Literal["gae", "leave_one_out"] = "leave_one_out"
+    gamma: float = setting(1.0, above=0, high=1)  # discount per token
+    gae_lambda: float = setting(0.95, low=0, high=1)  # https://arxiv.org/abs/1506.02438, eq. 16
+    clip_range: float = setting(0.2, above=0, below=1)  # of the ratio
+    value_clip_range: float = setting(0.2, above=0)
+    dual_clip: float = setting(3.0, above=1)  # https://arxiv.org/abs/1912.09729, eq. 5
+    value_coef: float = setting(0.5, low=0)
+    value_learning_rate: float = setting(5e-4, above=0, below=1)
+    value_warmup_steps: int = setting(2, low=0)  # rollout batches in which only the value model learns
+    kl_in: Literal["reward", "loss"] = "loss"  # the KL to the reference enters once
+    kl_coef: float = setting(0.02, low=0)  # per nat
+    kl_target: float | None = setting(None, above=0)  # nats per response; set: the coefficient adapts
+    kl_horizon: int = setting(10_000, low=1)  # responses; https://arxiv.org/abs/1909.08593, sec. 2.2
+    anchor_coef: float = setting(0.5, low=0)  # per nat, full-token KL on mastered and untargeted prompts
+    anchor_prompts: int = setting(8, low=0)  # per step
+    missing_eos_penalty: float = setting(1.0, low=0)  # taken off the score of a response that never ends
+    uncertainty_penalty: float = setting(1.0, low=0)  # kappa in mean - kappa * sd
+    open_share: float = setting(0.15, low=0, high=1)  # of each step's prompts: open ones, scored by the reward model
+    unverified_share: float = setting(
+        0.0, low=0, high=1
+    )  # of each step's prompts: exact ones that no label decides yet
+    beta: float = setting(0.1, above=0)  # DPO
+    nll_coef: float = setting(1.0, low=0)  # DPO: length-normalised NLL of the chosen (https://arxiv.org/abs/2404.19733)
+    pairs_per_step: int = setting(32, low=1)  # DPO
+    pairs_per_prompt: int = setting(4, low=1)  # DPO: at most so many from one prompt's samples
+    max_grad_norm: float = setting(1.0, above=0)
+    adam_eps: float = setting(1e-5, above=0)  # "The N Implementation Details of RLHF with PPO", detail 6
+    save_steps: int = setting(4, low=1)  # rollout batches between checkpoints
+
+
+@dataclass(frozen=True)
+class TargetingConfig:
+    """Which prompts, and which labels."""
+
+    strategy: Literal["uniform", "frontier"] = "frontier"
+    budget: int = setting(
+        250, low=1, remedy="without labels nothing can be learned; give the number of labels you can pay for"
+    )  # labels in the whole run, the reward stage's included
+    samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
+    candidates: int = setting(256, low=1)  # pool prompts sampled per round
+    prior_strength: float = setting(4.0, above=0)  # pseudo-labels in the Beta prior of a pass rate
+    uniform_share: float = setting(0.25, low=0, high=1)  # of each round's labels, at random: calibration
+    preference_share: float = setting(0.2, low=0, high=1)  # of the labels, where the pool has open prompts
+
+
+@dataclass(frozen=True)
+class LabelerConfig:
+    """Who answers questions."""
+
+    name: Literal["exact", "simulated"] = "simulated"
+    noise: float = setting(0.0, low=0, below=0.5)  # probability that a label is flipped
+    position_bias: float = setting(0.0, low=0, below=0.5)  # probability that a preference falls on A unread
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy, zero-shot."""
+
+    batch_size: int = setting(128, low=1)  # prompts
+    max_new_tokens: int = setting(160, low=1)
+    interval: Literal["wilson", "bootstrap"] = "wilson"
+    confidence: float = setting(0.95, above=0, below=1)
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What it runs on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = setting(0, low=0)  # of torch on the CPU; 0: torch's default
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    stage: Stage = "all"
+    seed: int = setting(0, low=0, below=2**32)  # every stage derives its own generators from it
+    dry_run: bool = False  # print the plan and stop
+    experiment: str | None = None  # label of the recipe that was composed
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    targeting: TargetingConfig = field(default_factory=TargetingConfig)
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """Turn a plain nested mapping into a checked configuration; keys left out keep their defaults.
+
+    Raises:
+        ConfigError: with every problem: unknown keys, wrong types, values out of range, values that contradict others.
+    """
+    from trlhf.checks import contradictions
+
+    config, problems = build(Config, values)
+    refused = {key for problem in problems for key in problem.keys}
+    problems += [problem for problem in contradictions(config) if refused.isdisjoint(problem.keys)]
+    if problems:
+        raise ConfigError(problem.text for problem in problems)
+    return config
+
+
+def check(config: Config) -> list[str]:
+    """Return every contradiction between the values of a configuration, one sentence each."""
+    from trlhf.checks import contradictions
+
+    return [problem.text for problem in contradictions(config)]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested dictionaries of plain values."""
+    return asdict(config)

@@ -1,0 +1,233 @@
+"""Rebuild the embedded base: ``python -m trlhf.micro.pretrain`` (about 25 minutes on two idle CPU cores).
+
+The base reads plain text of the world: equations, stories with their sums, facts, lists and lines. It never sees a chat, a
+plan or a worked solution in the form that responses have, so that SFT has something to teach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from trlhf.micro import plain
+from trlhf.micro.reasoning import FAMILIES, Step
+from trlhf.micro.world import generate, split_of
+from trlhf.models import MICRO_BASE
+from trlhf.sft.templates import load_template
+
+VOCABULARY = 640
+SEQUENCE = 128
+_QUIZ = [  # facts as a quiz asks them, without the questions that the world keeps for its dev and test splits
+    item
+    for kind in ("colour", "opposite")
+    for item in plain.every_plain()[kind]
+    if split_of(item.question) in ("train", "pool")
+]
+
+
+def equations(rng: random.Random) -> str:
+    """Return a few sums, half of them chained: each goes on from the last result."""
+    lines: list[str] = []
+    chained = rng.random() < 0.5
+    last: int | None = None
+    for _ in range(rng.randint(3, 8)):
+        step = _sum(rng, last if chained else None)
+        last = step.result
+        lines.append(step.equation() + ".")
+    return " ".join(lines)
+
+
+def _sum(rng: random.Random, left: int | None) -> Step:
+    """Return one sum within 0…99, on from ``left`` where given."""
+    while True:
+        verb = rng.choices(("add", "subtract", "multiply", "divide"), (30, 30, 25, 15))[0]
+        if verb == "divide":
+            right = rng.randint(2, 9)
+            first = left if left is not None else right * rng.randint(1, 9)
+            if first % right == 0 and 0 < first <= 81:
+                return Step(verb, first, right)
+        elif verb == "multiply":
+            first, right = left if left is not None else rng.randint(2, 9), rng.randint(2, 9)
+            if 2 <= first <= 9:
+                return Step(verb, first, right)
+        elif verb == "add":
+            first, right = left if left is not None else rng.randint(1, 90), rng.randint(1, 90)
+            if first + right <= 99:
+                return Step(verb, first, right)
+        else:
+            first, right = left if left is not None else rng.randint(2, 99), rng.randint(1, 98)
+            if right < first:
+                return Step(verb, first, right)
+
+
+def recipe(rng: random.Random) -> str:
+    """Return a calculation in words and then in figures: what the verbs of a plan mean."""
+    problem = rng.choice(FAMILIES)(rng)
+    sums = " ".join(f"{step.equation()}." for step in problem.steps)
+    return f"{problem.plan[0].upper()}{problem.plan[1:]}: {sums}"
+
+
+def story(rng: random.Random) -> str:
+    """Return a story of one of the families told to its end, mostly with the sums and sometimes with the question."""
+    problem = rng.choice(FAMILIES)(rng)
+    ask = f" {problem.ask}" if rng.random() < 0.4 else ""
+    sums = " ".join(["", *(f"{step.equation()}." for step in problem.steps)]) if rng.random() < 0.8 else ""
+    end = rng.choice(("So it is", "That makes", "In the end it is"))
+    return f"{problem.story}{ask}{sums} {end} {problem.answer}."
+
+
+def fact(rng: random.Random) -> str:
+    """Return a fact as a statement, or as in a quiz."""
+    if rng.random() < 0.4:
+        quiz = rng.choice(_QUIZ)
+        return f"{quiz.question} {quiz.reply(rng)}"
+    if rng.random() < 0.5:
+        thing, value = rng.choice(list(plain.COLOURS.items()))
+        return f"{thing[0].upper()}{thing[1:]} is {value}."
+    word, value = rng.choice(list(plain.OPPOSITES.items()))
+    return f"The opposite of {word} is {value}."
+
+
+def enumeration(rng: random.Random) -> str:
+    """Return a list as a statement."""
+    what = rng.choice(list(plain.LISTS))
+    return f"Some {what}: {plain.list_reply(rng, what, rng.randint(2, 5))}"
+
+
+def verse(rng: random.Random) -> str:
+    """Return one to three lines about one topic."""
+    topic = rng.choice(plain.TOPICS)
+    return " ".join(plain.line_reply(rng, topic) for _ in range(rng.randint(1, 3)))
+
+
+def documents(rng: random.Random) -> Iterator[str]:
+    """Yield documents of the corpus for ever."""
+    makers, weights = (equations, recipe, story, fact, enumeration, verse), (30, 15, 35, 8, 6, 6)
+    while True:
+        yield rng.choices(makers, weights)[0](rng)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE with digits split one by one, as Mistral's tokenizer splits them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random("tokenizer")
+    source = documents(rng)
+    system = (
+        "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought "
+        "process and gives helpful and detailed answers to the user's questions.\nUser: How many?\nAI: Plan: The answer is"
+    )
+    texts = [next(source) for _ in range(6000)] + [system] * 1000
+    texts += [item.prompt.messages[0]["content"] + " " + item.response for item in generate("train", 400)]
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.chat_template = load_template("cerebrum")
+    fast.model_max_length = 1024
+    return fast
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
+    """Return the untrained base: a Mistral of about 0.9 million parameters."""
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            sliding_window=None,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, rows: int, rng: random.Random) -> Iterator[torch.Tensor]:
+    """Yield token batches [rows, SEQUENCE] of documents laid end to end, ``<s> text </s>``."""
+    source = documents(rng)
+    stream: list[int] = []
+    while True:
+        while len(stream) < rows * SEQUENCE:
+            texts = [next(source) for _ in range(512)]
+            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+        yield torch.tensor(stream[: rows * SEQUENCE]).view(rows, SEQUENCE)
+        stream = stream[rows * SEQUENCE :]
+
+
+def pretrain(output: Path, steps: int, rows: int, learning_rate: float) -> None:
+    """Train the base for a number of steps and save it in bfloat16."""
+    torch.manual_seed(0)
+    rng = random.Random("pretrain")
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, {steps} steps of {rows * SEQUENCE} tokens")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, min(100, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / (steps - warmup)))
+    )
+    model.train()
+    start = time.time()
+    for step, batch in enumerate(batches(tokenizer, rows, rng), 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            speed = step * rows * SEQUENCE / (time.time() - start)
+            print(f"step {step}/{steps} loss {loss.item():.4f} {speed:,.0f} tokens/s", flush=True)
+        if step % 1000 == 0 or step == steps:
+            _save(model, tokenizer, output)
+        if step == steps:
+            return
+
+
+def _save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(output, state_dict=state)
+    config = model.config.to_dict() | {"dtype": "bfloat16"}
+    type(model.config).from_dict(config).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def main() -> None:
+    """Parse the command line and pretrain."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=MICRO_BASE)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    arguments = parser.parse_args()
+    pretrain(arguments.output, arguments.steps, arguments.rows, arguments.learning_rate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Tokenizers and causal language models: how they are loaded, and how a chat becomes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trlhf.errors import UserError
+from trlhf.types import Message
+
+if TYPE_CHECKING:
+    from trlhf.config import Config, ModelConfig
+
+MICRO_BASE = Path(__file__).parent / "micro" / "base"
+
+
+def model_path(name: str) -> str:
+    """Return where a model is loaded from: the embedded base for ``micro``, else the hub name or folder itself."""
+    return str(MICRO_BASE) if name == "micro" else name
+
+
+def choose_device(config: Config) -> str:
+    """Return the device that ``hardware.device`` names or, with ``auto``, the GPU where there is one.
+
+    Raises:
+        UserError: ``cuda`` is asked for and torch finds none.
+    """
+    if config.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda: torch finds no CUDA device; set hardware.device=cpu or auto")
+    return "cuda" if config.hardware.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(
+    path: str | Path, *, pad_token: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer whose pad token exists and differs from EOS.
+
+    Args:
+        path: folder or hub name.
+        pad_token: the existing token to pad with when the tokenizer names none (Mistral: ``<unk>``).
+        revision: hub revision.
+
+    Raises:
+        UserError: nothing loadable there, no EOS, no pad token, or pad = EOS (which teaches a model never to stop).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}); give a folder or hub name") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {path}: it has no EOS token, so no response could end; choose another model")
+    if tokenizer.pad_token_id is None and pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"model.pad_token={pad_token!r}: the tokenizer {path} has no such token; name one of its own, "
+                "for instance '<unk>'"
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"tokenizer {path}: it names no pad token; set model.pad_token, for instance '<unk>'")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"tokenizer {path}: its pad token is its EOS token ({tokenizer.eos_token!r}), so masking the padding would "
+            "hide the end of every response; set pad_token to another token in its tokenizer_config.json, "
+            "for instance '<unk>'"
+        )
+    return tokenizer
+
+
+def load_causal_lm(path: str | Path, config: ModelConfig, device: str = "cpu") -> PreTrainedModel:
+    """Load a causal language model from safetensors, dropout off, in ``config.dtype`` on ``device``.
+
+    Raises:
+        UserError: the folder or hub name holds no readable safetensors model.
+    """
+    revision = config.revision if str(path) == config.name else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            revision=revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers, safetensors and the hub each raise kinds of their own
+        raise UserError(
+            f"model {path}: cannot be read ({_first_line(error)}); if an earlier stage wrote it, delete that stage's "
+            "folder and run the stage again"
+        ) from error
+    model.eval()
+    return model.to(device)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens of a chat up to the point where the assistant speaks, by the tokenizer's chat template."""
+    ids: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(ids)
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens of a response: a blank, the text, EOS."""
+    ids: list[int] = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
+    return [*ids, int(tokenizer.eos_token_id)]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class Reference:
+    """The policy as it was before RL: a frozen copy, or with adapters the base underneath them."""
+
+    def __init__(self, copy: PreTrainedModel | None) -> None:
+        self._copy = copy
+
+    @contextmanager
+    def active(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Yield the reference model; while the block runs an adapter policy acts as its own reference."""
+        if self._copy is not None:
+            yield self._copy
+            return
+        with cast("Any", policy).disable_adapter():
+            yield policy
+
+
+def load_policy(path: str | Path, config: ModelConfig, device: str) -> tuple[PreTrainedModel, Reference]:
+    """Load the trainable policy and its reference: two copies in full fine-tuning, one base with an adapter for LoRA."""
+    policy = load_causal_lm(path, config, device)
+    if not config.lora.enabled:
+        copy = load_causal_lm(path, config, device)
+        copy.requires_grad_(False)
+        return policy, Reference(copy)
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    return cast("PreTrainedModel", get_peft_model(policy, lora)), Reference(None)
+
+
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save a model that plain transformers loads: adapters merged, tokenizer, template, greedy generation config.
+
+    An adapter policy stays usable: the merge is undone after saving.
+    """
+    from transformers import GenerationConfig
+
+    causal: Any = policy
+    adapted = hasattr(policy, "get_base_model")
+    if adapted:
+        causal = cast("Any", policy).merge_adapter() or cast("Any", policy).get_base_model()
+    state = {
+        name.replace(".base_layer", ""): tensor for name, tensor in causal.state_dict().items() if "lora_" not in name
+    }
+    causal.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    causal.save_pretrained(directory, state_dict=state)
+    tokenizer.save_pretrained(directory)
+    if adapted:
+        cast("Any", policy).unmerge_adapter()

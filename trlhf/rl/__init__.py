@@ -1,0 +1,1 @@
+"""Stage 3: targeted updates of the policy under a label budget, by PPO or DPO."""

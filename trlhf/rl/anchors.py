@@ -1,0 +1,60 @@
+"""Anchors: prompts on which the policy must stay what it was, with the reference's own responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trlhf.logprobs import SequenceBatch, pad_sequences, response_logits
+from trlhf.losses.ppo import full_kl_loss
+from trlhf.models import Reference
+from trlhf.targeting.choose import Candidate
+
+MASTERED_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A prompt's tokens and a typical response of the reference."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    kind: str
+
+
+def find_anchors(candidates: Sequence[Candidate], prompt_ids: Sequence[Sequence[int]]) -> list[Anchor]:
+    """Return an anchor for every prompt that needs no thinking, and for every one whose samples nearly all agree.
+
+    Args:
+        candidates: prompts with samples of the *reference* policy.
+        prompt_ids: their tokens.
+    """
+    anchors = []
+    for candidate, ids in zip(candidates, prompt_ids, strict=True):
+        finished = [r for r in candidate.rollouts if r.finished]
+        if not finished:
+            continue
+        if candidate.prompt.reasoning:
+            answers = [r.answer for r in finished if r.answer is not None]
+            top = max(set(answers), key=lambda a: (answers.count(a), a)) if answers else None
+            if top is None or answers.count(top) < MASTERED_SHARE * len(candidate.rollouts):
+                continue
+            finished = [r for r in finished if r.answer == top]
+        anchors.append(Anchor(tuple(ids), finished[0].token_ids, candidate.prompt.kind))
+    return anchors
+
+
+def anchor_loss(
+    policy: PreTrainedModel, reference: Reference, anchors: Sequence[Anchor], pad_id: int
+) -> Tensor:
+    """Compute the mean over anchor tokens of KL(reference ‖ policy), over the whole vocabulary."""
+    batch: SequenceBatch = pad_sequences([a.prompt_ids for a in anchors], [a.response_ids for a in anchors], pad_id)
+    batch = batch.to(policy.device)
+    with torch.no_grad(), reference.active(policy) as model:
+        reference_logits = response_logits(model, batch)
+    logits = response_logits(policy, batch)
+    return full_kl_loss(logits, reference_logits, batch.response_mask, float(batch.response_mask.sum()))

@@ -1,0 +1,85 @@
+"""Sampled groups with their rewards: exact where labels have decided, else the reward model's lower confidence bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+
+from trlhf.config import RlConfig
+from trlhf.knowledge import Knowledge
+from trlhf.types import Prompt, Rollout, Scorer
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt.
+
+    Attributes:
+        prompt: whose samples these are.
+        prompt_ids: the prompt's tokens.
+        rollouts: G samples.
+        rewards: G rewards in [0, 1] less penalties: probability of being right, or of being preferred to a typical
+            response of the reference.
+        verified: G flags: whether labels decided the reward (trust 1) or the reward model did.
+    """
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...]
+    verified: tuple[bool, ...]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the rewards differ; a flat group teaches nothing."""
+        return max(self.rewards) - min(self.rewards) > 1e-6
+
+
+def score_groups(
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Sequence[int]],
+    sampled: Sequence[Sequence[Rollout]],
+    knowledge: Knowledge,
+    scorer: Scorer | None,
+    config: RlConfig,
+) -> list[Group]:
+    """Reward every sample.
+
+    Known from the ledger: 1 if right, 0 if wrong. Otherwise σ(μ - κ·sd), the lower confidence bound of the
+    reward model's probability. A response that never ended scores as wrong and pays the missing-EOS penalty.
+
+    Raises:
+        ValueError: an unverified response and no scorer.
+    """
+    asked = [
+        (i, j)
+        for i, (prompt, rollouts) in enumerate(zip(prompts, sampled, strict=True))
+        for j, rollout in enumerate(rollouts)
+        if _known(prompt, rollout, knowledge) is None
+    ]
+    scores: dict[tuple[int, int], float] = {}
+    if asked:
+        if scorer is None:
+            raise ValueError("score_groups: some responses are not decided by labels, and there is no reward model")
+        found = scorer.score([prompts[i] for i, _ in asked], [sampled[i][j].text for i, j in asked])
+        means = np.array([score.mean - config.uncertainty_penalty * score.sd for score in found])
+        values = expit(means)
+        scores = dict(zip(asked, values.tolist(), strict=True))
+    groups = []
+    for i, (prompt, rollouts) in enumerate(zip(prompts, sampled, strict=True)):
+        known = [_known(prompt, rollout, knowledge) for rollout in rollouts]
+        rewards = [scores[i, j] if fact is None else float(fact) for j, fact in enumerate(known)]
+        rewards = [r - (0.0 if x.finished else config.missing_eos_penalty) for r, x in zip(rewards, rollouts, strict=True)]
+        verified = tuple(fact is not None for fact in known)
+        groups.append(Group(prompt, tuple(prompt_ids[i]), tuple(rollouts), tuple(rewards), verified))
+    return groups
+
+
+def _known(prompt: Prompt, rollout: Rollout, knowledge: Knowledge) -> bool | None:
+    """Return what labels say of a response; one that never ended is wrong whatever it says."""
+    if not rollout.finished:
+        return False
+    return knowledge.known(prompt.id, rollout.answer) if prompt.task == "exact" else None

@@ -1,0 +1,267 @@
+"""PPO: one batch of sampled groups → a few clipped steps. Critic (GAE) or leave-one-out baseline."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trlhf.advantages import gae, leave_one_out, whiten
+from trlhf.config import RlConfig
+from trlhf.errors import UserError
+from trlhf.logprobs import SequenceBatch, pad_sequences, response_logprobs
+from trlhf.losses.ppo import kl_estimate, kl_loss, ppo_loss, value_loss
+from trlhf.masks import masked_mean
+from trlhf.models import Reference
+from trlhf.rl.anchors import Anchor, anchor_loss
+from trlhf.rl.critic import Critic
+from trlhf.rl.experience import Group
+
+Metrics = dict[str, float]
+MAX_BAD_STEPS = 3
+
+
+@dataclass
+class Experience:
+    """One rollout batch, ready for updates. Rows are responses, in the order of their groups; detached.
+
+    Attributes:
+        batch: tokens and masks.
+        old_logprobs: [B R] of the policy before the first update, at the sampling temperature.
+        reference_logprobs: [B R], likewise.
+        advantages: [B R], whitened.
+        old_values: [B R]; zeros without a critic.
+        returns: [B R]; zeros without a critic.
+    """
+
+    batch: SequenceBatch
+    old_logprobs: Tensor
+    reference_logprobs: Tensor
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+
+    def rows(self, index: Sequence[int]) -> Experience:
+        """Return some rows, cut to their own longest sequence and response."""
+        i = torch.as_tensor(list(index))
+        mask = self.batch.response_mask[i]
+        attention = self.batch.attention_mask[i]
+        t, r = int(attention.sum(1).max()), max(1, int(mask.sum(1).max()))
+        batch = SequenceBatch(
+            self.batch.input_ids[i, :t],
+            attention[:, :t],
+            self.batch.starts[i],
+            self.batch.response_ids[i, :r],
+            mask[:, :r],
+        )
+        fields = (self.old_logprobs, self.reference_logprobs, self.advantages, self.old_values, self.returns)
+        return Experience(batch, *(field[i, :r] for field in fields))
+
+
+class PpoLearner:
+    """The policy, its optimizer and (for GAE) a critic.
+
+    Args:
+        policy: trainable; in evaluation mode throughout, so that dropout stays off.
+        reference: the SFT policy.
+        critic: for ``config.advantage="gae"``, else None.
+        config: the rl section.
+        pad_id: token to pad with.
+    """
+
+    def __init__(
+        self, policy: PreTrainedModel, reference: Reference, critic: Critic | None, config: RlConfig, pad_id: int
+    ) -> None:
+        self.policy, self.reference, self.critic, self.config, self.pad_id = policy, reference, critic, config, pad_id
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0)
+        self.critic_optimizer = (
+            torch.optim.AdamW(critic.parameters(), lr=config.value_learning_rate, eps=config.adam_eps, weight_decay=0.0)
+            if critic is not None
+            else None
+        )
+        self.kl_coef = config.kl_coef
+        self.bad_steps = 0
+
+    def update(
+        self, groups: Sequence[Group], anchors: Sequence[Anchor], rng: random.Random, lr_scale: float, warmup: bool = False
+    ) -> Metrics:
+        """Take ``config.epochs`` passes of clipped steps over the groups.
+
+        Args:
+            groups: sampled by this policy.
+            anchors: to draw anchor rows from.
+            rng: order of the minibatches and choice of the anchors.
+            lr_scale: of the peak learning rate, in [0, 1].
+            warmup: only the critic learns.
+        """
+        config = self.config
+        for optimizer, peak in ((self.optimizer, config.learning_rate), (self.critic_optimizer, config.value_learning_rate)):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = peak * lr_scale
+        used = [group for group in groups if group.mixed] if config.advantage == "leave_one_out" else list(groups)
+        rewards = [reward for group in groups for reward in group.rewards]
+        metrics: Metrics = {
+            "reward": sum(rewards) / len(rewards),
+            "mixed_groups": sum(group.mixed for group in groups) / len(groups),
+            "unfinished": sum(not r.finished for g in groups for r in g.rollouts) / len(rewards),
+            "kl_coef": self.kl_coef,
+        }
+        if not used:
+            return metrics
+        experience, measured = self._collect(used)
+        metrics |= measured
+        sums: defaultdict[str, float] = defaultdict(float)
+        rows = len(experience.old_logprobs)
+        for _ in range(config.epochs):
+            order = list(range(rows))
+            rng.shuffle(order)
+            for start in range(0, rows, config.minibatch_size):
+                chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
+                self._step(experience, order[start : start + config.minibatch_size], chosen, sums, warmup)
+        steps, tokens = max(1.0, sums.pop("steps")), max(1.0, sums.pop("tokens"))
+        metrics |= {name: value / tokens for name, value in sums.items() if name not in ("grad_norm", "anchor_kl", "first_ratio")}
+        metrics |= {name: sums[name] / steps for name in ("grad_norm", "anchor_kl")}
+        if config.kl_target is not None:
+            response_kl = metrics["kl"] * tokens / (rows * config.epochs)
+            error = max(-0.2, min(0.2, response_kl / config.kl_target - 1))
+            self.kl_coef *= 1 + error * rows / config.kl_horizon
+        return metrics
+
+    def _collect(self, groups: Sequence[Group]) -> tuple[Experience, Metrics]:
+        """Compute log-probabilities, values and advantages of a batch, without gradients."""
+        config = self.config
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        prompts = [group.prompt_ids for group in groups for _ in group.rollouts]
+        batch = pad_sequences(prompts, [r.token_ids for r in rollouts], self.pad_id).to(self.policy.device)
+        scores = torch.tensor([group.rewards for group in groups], device=self.policy.device)
+        mask = batch.response_mask
+        blank = torch.zeros(mask.shape, device=self.policy.device)
+        experience = Experience(batch, blank.clone(), blank.clone(), blank.clone(), blank.clone(), blank.clone())
+        with torch.no_grad():
+            for index in self._microbatches(experience, range(len(rollouts))):
+                part = experience.rows(index)
+                width = part.batch.response_mask.shape[1]
+                experience.old_logprobs[index, :width] = response_logprobs(self.policy, part.batch, config.temperature)
+                with self.reference.active(self.policy) as reference:
+                    logprobs = response_logprobs(reference, part.batch, config.temperature)
+                experience.reference_logprobs[index, :width] = logprobs
+                if self.critic is not None:
+                    experience.old_values[index, :width] = self.critic(part.batch)
+        kl = kl_estimate(experience.old_logprobs, experience.reference_logprobs, "k1")
+        if self.critic is None:
+            per_response = leave_one_out(scores).flatten()
+            if config.kl_in == "reward":
+                per_response = leave_one_out(scores - self.kl_coef * (kl * mask).sum(1).view(scores.shape)).flatten()
+            experience.advantages = whiten(per_response[:, None].expand(mask.shape), mask)
+        else:
+            last = mask.sum(1) - 1
+            rewards = torch.zeros_like(blank)
+            rewards[torch.arange(len(last)), last] = scores.flatten()
+            if config.kl_in == "reward":
+                rewards = rewards - self.kl_coef * kl * mask
+            advantages, experience.returns = gae(rewards, experience.old_values, mask, config.gamma, config.gae_lambda)
+            experience.advantages = whiten(advantages, mask)
+        return experience, self._sampler_mismatch(experience, [r.logprobs for r in rollouts])
+
+    def _sampler_mismatch(self, experience: Experience, sampled: Sequence[Sequence[float]]) -> Metrics:
+        """Compare the sampler's own log-probabilities with the training model's: KL(sampler ‖ policy), k3, per token."""
+        mask = experience.batch.response_mask
+        padded = torch.zeros(mask.shape)
+        for i, row in enumerate(sampled):
+            padded[i, : len(row)] = torch.tensor(row)
+        difference = kl_estimate(padded.to(mask.device), experience.old_logprobs, "k3")
+        return {"sampler_mismatch": float(masked_mean(difference, mask)), "response_tokens": float(mask.sum(1).float().mean())}
+
+    def _microbatches(self, experience: Experience, index: Sequence[int] | range) -> Iterator[list[int]]:
+        """Yield rows in microbatches of like length."""
+        lengths = experience.batch.attention_mask.sum(1).tolist()
+        order = sorted(index, key=lambda i: lengths[i])
+        for start in range(0, len(order), self.config.microbatch_size):
+            yield order[start : start + self.config.microbatch_size]
+
+    def _step(
+        self, experience: Experience, index: list[int], anchors: Sequence[Anchor], sums: defaultdict[str, float], warmup: bool
+    ) -> None:
+        """Take one optimizer step on a minibatch; add its sums to ``sums``."""
+        config = self.config
+        denominator = float(experience.batch.response_mask[index].sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad(set_to_none=True)
+        for micro in self._microbatches(experience, index):
+            part = experience.rows(micro)
+            mask = part.batch.response_mask
+            if self.critic is not None:
+                values = self.critic(part.batch)
+                critic_loss, counts = value_loss(
+                    values, part.old_values, part.returns, mask, denominator, config.value_clip_range
+                )
+                (config.value_coef * critic_loss).backward()  # type: ignore[no-untyped-call]
+                self._add(sums, counts | {"value_loss": float(critic_loss.detach()) * denominator})
+            if warmup:
+                continue
+            logprobs = response_logprobs(self.policy, part.batch, config.temperature)
+            loss, counts = ppo_loss(
+                logprobs, part.old_logprobs, part.advantages, mask, denominator, config.clip_range, config.dual_clip
+            )
+            penalty, kl_counts = kl_loss(logprobs, part.reference_logprobs, mask, denominator)
+            if config.kl_in == "loss":
+                loss = loss + self.kl_coef * penalty
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._add(sums, counts | kl_counts | {"loss": float(loss.detach()) * denominator})
+        if anchors and config.anchor_coef and not warmup:
+            held = anchor_loss(self.policy, self.reference, anchors, self.pad_id)
+            (config.anchor_coef * held).backward()  # type: ignore[no-untyped-call]
+            sums["anchor_kl"] += float(held.detach())
+        self._apply(sums, warmup)
+        sums["tokens"] += denominator
+        sums["steps"] += 1
+
+    def _apply(self, sums: defaultdict[str, float], warmup: bool) -> None:
+        """Clip and apply the gradients; a non-finite one skips the step, and several in a row stop the run."""
+        if not warmup:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            if not torch.isfinite(norm):
+                self.bad_steps += 1
+                if self.bad_steps >= MAX_BAD_STEPS:
+                    raise UserError(
+                        f"rl: the gradient was not finite {MAX_BAD_STEPS} steps in a row; lower "
+                        f"rl.learning_rate={self.config.learning_rate} or raise rl.kl_coef={self.config.kl_coef}"
+                    )
+                return
+            self.bad_steps = 0
+            self.optimizer.step()
+            sums["grad_norm"] += float(norm)
+        if self.critic is not None and self.critic_optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.max_grad_norm)
+            self.critic_optimizer.step()
+
+    @staticmethod
+    def _add(sums: defaultdict[str, float], counts: Metrics) -> None:
+        for name, value in counts.items():
+            sums[name] += value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a continued run needs beside the weights of the policy."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict() if self.critic is not None else None,
+            "critic_optimizer": self.critic_optimizer.state_dict() if self.critic_optimizer is not None else None,
+            "kl_coef": self.kl_coef,
+            "bad_steps": self.bad_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of `state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None and self.critic_optimizer is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.kl_coef, self.bad_steps = state["kl_coef"], state["bad_steps"]

@@ -1,0 +1,160 @@
+"""What to ask next, and what to train on: the uniform and the frontier strategy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from trlhf.knowledge import Knowledge
+from trlhf.targeting.frontier import frontier_value, top_answer_probability
+from trlhf.types import Prompt, Question, Rollout
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prompt with the current policy's samples."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    def top_answer(self, knowledge: Knowledge) -> tuple[str, float] | None:
+        """Return the most frequent answer that no label has judged, and its share of the samples; None if there is none."""
+        counts = Counter(
+            r.answer for r in self.rollouts if r.answer is not None and knowledge.known(self.prompt.id, r.answer) is None
+        )
+        if not counts:
+            return None
+        answer, count = max(counts.items(), key=lambda item: (item[1], item[0]))
+        return answer, count / len(self.rollouts)
+
+    def pass_rate(self, knowledge: Knowledge) -> float | None:
+        """Return the share of samples known to be right; None while the right answer is unknown."""
+        if knowledge.right_answer(self.prompt.id) is None:
+            return None
+        return float(np.mean([knowledge.known(self.prompt.id, r.answer) is True for r in self.rollouts]))
+
+
+def spread(scores: Float[ndarray, " N"], kinds: Sequence[str], count: int) -> list[int]:
+    """Pick ``count`` indices greedily by score / (1 + picks of that kind so far), so that no kind takes all the labels.
+
+    A kind whose best prompts are worth little is still picked little: the rule trades value against variety.
+    """
+    picks: Counter[str] = Counter()
+    left = set(range(len(scores)))
+    chosen: list[int] = []
+    while left and len(chosen) < count:
+        best = max(left, key=lambda i: (scores[i] / (1 + picks[kinds[i]]), -i))
+        left.remove(best)
+        picks[kinds[best]] += 1
+        chosen.append(best)
+    return chosen
+
+
+def verdict_values(
+    shares: Float[ndarray, " N"], coefficients: Float[ndarray, " 2"], samples: int, group: int
+) -> Float[ndarray, " N"]:
+    """Return what a verdict on each prompt's top answer is expected to buy: P(right) · P(mixed group | right).
+
+    A right verdict makes the prompt verifiable for ever; it is worth as much as its samples will be mixed. With the top
+    answer right, the pass rate is Beta(1 + share·k, 1 + (1-share)·k) after k samples.
+
+    Args:
+        shares: share of the top answer among the samples.
+        coefficients: of `fit_top_answer_model`.
+        samples: k, how many samples the shares come from.
+        group: samples per prompt in an update.
+    """
+    right = top_answer_probability(coefficients, shares)
+    mixed = frontier_value(1 + shares * samples, 1 + (1 - shares) * samples, group)
+    return right * mixed
+
+
+def choose_verdicts(
+    candidates: Sequence[Candidate],
+    knowledge: Knowledge,
+    count: int,
+    coefficients: Float[ndarray, " 2"] | None,
+    group: int,
+    rng: np.random.Generator,
+    round_number: int = 0,
+) -> list[Question]:
+    """Choose whose top answer to have judged, one question a prompt.
+
+    Args:
+        candidates: prompts with samples; those whose right answer is known, or without an open answer, are passed over.
+        knowledge: what the labels so far say.
+        count: at most so many.
+        coefficients: of `fit_top_answer_model` for the frontier strategy; None for uniform.
+        group: samples per prompt in an update.
+        rng: for the uniform choice.
+        round_number: noted in the ledger.
+    """
+    usable: list[tuple[Candidate, str, float]] = []
+    for candidate in candidates:
+        if candidate.prompt.task != "exact" or knowledge.right_answer(candidate.prompt.id) is not None:
+            continue
+        top = candidate.top_answer(knowledge)
+        if top is not None:
+            usable.append((candidate, *top))
+    if not usable:
+        return []
+    if coefficients is None:
+        chosen = [int(i) for i in rng.permutation(len(usable))[:count]]
+        why = ["uniform: drawn at random from the pool"] * len(usable)
+    else:
+        shares = np.array([share for _, _, share in usable])
+        samples = len(usable[0][0].rollouts)
+        values = verdict_values(shares, coefficients, samples, group)
+        chosen = spread(values, [candidate.prompt.kind for candidate, _, _ in usable], count)
+        right = top_answer_probability(coefficients, shares)
+        why = [
+            f"frontier: top answer {answer!r} has {share:.0%} of {samples} samples, P(right) {p:.2f}, value {value:.2f}"
+            for (_, answer, share), p, value in zip(usable, right, values, strict=True)
+        ]
+    questions = []
+    for i in chosen:
+        candidate, answer, _ = usable[i]
+        response = next(r.text for r in candidate.rollouts if r.answer == answer)
+        questions.append(Question("verdict", candidate.prompt, (response,), answer, why[i], round_number))
+    return questions
+
+
+def choose_pairs(
+    candidates: Sequence[Candidate], count: int, rng: np.random.Generator, round_number: int = 0
+) -> list[Question]:
+    """Choose pairs of different responses to open prompts, prompts and responses at random, at most one pair a prompt."""
+    usable = [c for c in candidates if c.prompt.task == "open" and len({r.text for r in c.rollouts}) >= 2]
+    questions = []
+    for i in rng.permutation(len(usable))[:count]:
+        texts = sorted({r.text for r in usable[i].rollouts if r.finished}) or sorted({r.text for r in usable[i].rollouts})
+        if len(texts) < 2:
+            continue
+        first, second = rng.choice(len(texts), 2, replace=False)
+        why = "uniform: a random pair on a random open prompt"
+        questions.append(
+            Question("preference", usable[i].prompt, (texts[first], texts[second]), None, why, round_number)
+        )
+    return questions
+
+
+def training_weights(
+    pass_rates: Sequence[float | None], samples: int, group: int, strategy: str
+) -> Float[ndarray, " N"]:
+    """Return the probability with which each trainable prompt is drawn for an update.
+
+    Args:
+        pass_rates: known pass rate of the last samples; None where only the reward model can tell (counted as 0.5).
+        samples: how many samples the rates come from.
+        group: samples per prompt in an update.
+        strategy: ``uniform``, or ``frontier``: in proportion to the probability of a mixed group.
+    """
+    if strategy == "uniform":
+        return np.full(len(pass_rates), 1 / max(1, len(pass_rates)))
+    rates = np.array([0.5 if rate is None else rate for rate in pass_rates])
+    values = frontier_value(0.5 + rates * samples, 0.5 + (1 - rates) * samples, group)
+    return values / values.sum()

@@ -1,0 +1,154 @@
+"""What a run works on: demonstrations, a pool to learn from, held-out tests, and who can answer questions about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from trlhf.config import Config
+from trlhf.data import LabelledPair, LabelledResponse, prompts_from_rows, read_rows
+from trlhf.errors import UserError
+from trlhf.labelers.exact import ExactVerifier
+from trlhf.labelers.simulated import SimulatedPerson
+from trlhf.seeding import python_rng
+from trlhf.types import Demonstration, Labeler, Prompt, RowReport
+
+T = TypeVar("T")
+Taste = Callable[[Prompt, str], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the stages read.
+
+    Attributes:
+        demonstrations: for SFT.
+        pool: prompts without answers, for the reward and rl stages.
+        test: held-out prompts.
+        test_answers: gold answers of the test prompts, for evaluation only.
+        labelled: verdicts that exist already and cost nothing.
+        pairs: preferences that exist already and cost nothing.
+        taste: the simulated person's true taste, for evaluation only; None where there is none.
+        reports: what became of the rows that were read.
+    """
+
+    demonstrations: Sequence[Demonstration]
+    pool: Sequence[Prompt]
+    test: Sequence[Prompt]
+    test_answers: dict[str, str]
+    labelled: Sequence[LabelledResponse] = ()
+    pairs: Sequence[LabelledPair] = ()
+    taste: Taste | None = None
+    reports: Sequence[RowReport] = ()
+    _pool_answers: dict[str, str] = field(default_factory=dict)
+
+    def labeler(self, config: Config) -> Labeler:
+        """Return who answers questions about the pool; nobody else sees its gold answers."""
+        if config.labeler.name == "exact":
+            return ExactVerifier(self._pool_answers)
+        if self.taste is None:
+            raise UserError("labeler=simulated: only the embedded world has a simulated person; use labeler=exact")
+        return SimulatedPerson(
+            self._pool_answers, self.taste, config.labeler.noise, config.labeler.position_bias, config.seed
+        )
+
+    def answerable(self, config: Config) -> list[Prompt]:
+        """Return the pool prompts that the labeller can be asked about.
+
+        The exact verifier knows nothing about taste, and nothing about prompts without a gold answer.
+        """
+        if config.labeler.name == "exact":
+            return [prompt for prompt in self.pool if prompt.id in self._pool_answers]
+        return list(self.pool)
+
+
+def load_task(config: Config) -> Task:
+    """Load what ``config.data`` names, only as much of it as the stages of this run need.
+
+    Raises:
+        UserError: a file is missing, empty or malformed; the message names file and line.
+    """
+    if config.data.name == "micro":
+        return _micro(config)
+    return _gsm8k(config) if config.data.name == "gsm8k" else _file(config)
+
+
+def _micro(config: Config) -> Task:
+    from trlhf.micro.taste import taste
+    from trlhf.micro.world import generate
+
+    data = config.data
+    train = generate("train", data.sft_prompts, config.seed)
+    pool = generate("pool", data.pool_prompts, config.seed)
+    test = generate("test", data.test_prompts)
+    return Task(
+        demonstrations=[item.demonstration for item in train],
+        pool=[item.prompt for item in pool],
+        test=[item.prompt for item in test],
+        test_answers={item.prompt.id: item.answer for item in test if item.answer is not None},
+        taste=taste,
+        _pool_answers={item.prompt.id: item.answer for item in pool if item.answer is not None},
+    )
+
+
+def _gsm8k(config: Config) -> Task:
+    from trlhf.sft.gsm8k import gsm8k_splits
+
+    data = config.data
+    splits = gsm8k_splits(
+        data.path or "",
+        sft_prompts=data.sft_prompts,
+        pool_prompts=data.pool_prompts,
+        test_prompts=data.test_prompts,
+        seed=config.seed,
+    )
+    return Task(
+        demonstrations=splits.demonstrations,
+        pool=splits.pool,
+        test=splits.test,
+        test_answers=splits.test_gold,
+        labelled=splits.labelled,
+        reports=splits.reports,
+        _pool_answers=splits.pool_gold,
+    )
+
+
+def _file(config: Config) -> Task:
+    from trlhf.reward.labelled import read_labelled
+    from trlhf.sft.formats import demonstrations_from_rows
+
+    data, wanted = config.data, config.stage
+    demonstrations: list[Demonstration] = []
+    pool: list[Prompt] = []
+    test: list[Prompt] = []
+    pool_answers: dict[str, str] = {}
+    test_answers: dict[str, str] = {}
+    labelled: Sequence[LabelledResponse] = ()
+    pairs: Sequence[LabelledPair] = ()
+    reports: list[RowReport] = []
+    if data.sft and wanted in ("all", "sft"):
+        demonstrations, report = demonstrations_from_rows(read_rows(data.sft), data.sft)
+        demonstrations = _at_most(demonstrations, data.sft_prompts, config, "sft")
+        reports.append(report)
+    if data.pool and wanted in ("all", "reward", "rl"):
+        pool, pool_answers, report = prompts_from_rows(read_rows(data.pool), data.pool)
+        pool = _at_most(pool, data.pool_prompts, config, "pool")
+        reports.append(report)
+    if data.test and wanted in ("all", "eval"):
+        test, test_answers, report = prompts_from_rows(read_rows(data.test, "test"), data.test, answers="required")
+        test = _at_most(test, data.test_prompts, config, "test")
+        reports.append(report)
+    if data.labels and wanted in ("all", "reward"):
+        existing = read_labelled(data.labels)
+        labelled, pairs = existing.labelled, existing.pairs
+        reports.append(existing.report)
+    return Task(demonstrations, pool, test, test_answers, labelled, pairs, None, reports, pool_answers)
+
+
+def _at_most(rows: list[T], count: int, config: Config, name: str) -> list[T]:
+    """Return a seeded sample of ``count`` rows in their order; 0 means all."""
+    if not count or len(rows) <= count:
+        return rows
+    chosen = set(python_rng(config.seed, "rows", name).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i in chosen]
