@@ -42,8 +42,8 @@ class Pooled:
     """What is kept of the hidden states of B samples.
 
     Attributes:
-        response: hidden state at the last token, beside the mean over the response's tokens.
-        prompt: hidden state at the prompt's last token, before anything of the response was read.
+        response: means over the response's tokens, of a middle layer and of the last.
+        prompt: last layer's state at the prompt's last token, before anything of the response was read.
     """
 
     response: Float[Tensor, "B F"]
@@ -97,21 +97,32 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Bat
 
 
 def pool(
-    hidden: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"], prompt_lengths: Int[Tensor, " B"]
+    middle: Float[Tensor, "B T D"],
+    last: Float[Tensor, "B T D"],
+    attention_mask: Bool[Tensor, "B T"],
+    prompt_lengths: Int[Tensor, " B"],
 ) -> Pooled:
-    """Pool the last hidden states in float32; what stands at padded positions does not matter.
+    """Pool hidden states in float32; what stands at padded positions does not matter.
+
+    Means over the response's tokens (EOS counts), of a middle layer and of the last: the state at the last token alone, or
+    beside them, told right from wrong *within* prompts less well on the embedded world (AUC 0.65 against 0.73 from 48
+    prompts with 8 verdicts each).
+
+    Args:
+        middle: states of the middle layer.
+        last: states of the last layer.
+        attention_mask: True at real tokens.
+        prompt_lengths: tokens of each prompt.
 
     Returns:
-        ``response`` of size 2D: the state at the last real token, then the mean over the response's tokens (EOS
-        counts); ``prompt`` of size D.
+        ``response`` of size 2D, ``prompt`` of size D.
     """
-    hidden = hidden.float()
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)[None, :]
+    rows = torch.arange(last.shape[0], device=last.device)
+    positions = torch.arange(last.shape[1], device=last.device)[None, :]
     in_response = (attention_mask & (positions >= prompt_lengths[:, None]))[:, :, None]
+    hidden = torch.cat([middle, last], dim=2).float()
     mean = torch.where(in_response, hidden, 0.0).sum(dim=1) / in_response.sum(dim=1)
-    last = hidden[rows, attention_mask.sum(dim=1) - 1]
-    return Pooled(torch.cat([last, mean], dim=1), hidden[rows, prompt_lengths - 1])
+    return Pooled(mean, last[rows, prompt_lengths - 1].float())
 
 
 def pool_all(

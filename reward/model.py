@@ -96,11 +96,15 @@ class RewardModel(nn.Module):
         return self.heads.weight.device
 
     def pooled(self, batch: Batch) -> Pooled:
-        """Run the backbone over a batch and pool its last hidden states; gradients flow."""
+        """Run the backbone over a batch and pool its hidden states; gradients flow."""
         output = self.backbone.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask.long(),
+            output_hidden_states=True,
+            use_cache=False,
         )
-        return pool(output.last_hidden_state, batch.attention_mask, batch.prompt_lengths)
+        states = output.hidden_states  # the embeddings, then every layer; the last one after the final norm
+        return pool(states[len(states) // 2], output.last_hidden_state, batch.attention_mask, batch.prompt_lengths)
 
     def forward(
         self,

@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trlhf import files
 from trlhf.console import quiet_libraries
 from trlhf.errors import UserError
-from trlhf.models import load_causal_lm, load_tokenizer, model_path
+from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
 from trlhf.sft.report import StageCallback
@@ -142,7 +142,7 @@ def _trainer(
         args=_arguments(config, output, demonstrations / len(dataset)),
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=_lora(config) if config.model.lora.enabled else None,
+        peft_config=lora_config(config.model) if config.model.lora.enabled else None,
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -154,7 +154,7 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
     sft = config.sft
     rows_per_step = max(1, round(sft.batch_size / per_row))
     rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
-    on_gpu = _device(config) == "cuda"
+    on_gpu = choose_device(config) == "cuda"
     return TrlConfig(
         output_dir=str(output),
         per_device_train_batch_size=rows_per_pass,
@@ -195,25 +195,6 @@ def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     model.config.update(ids)
     model.generation_config = GenerationConfig(do_sample=False, **ids)  # type: ignore[no-untyped-call]
     return model
-
-
-def _lora(config: Config) -> Any:
-    from peft import LoraConfig
-
-    lora = config.model.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        task_type="CAUSAL_LM",
-    )
-
-
-def _device(config: Config) -> str:
-    if config.hardware.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda: torch finds no CUDA device; set hardware.device=cpu or auto")
-    return "cuda" if config.hardware.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path) -> None:

@@ -34,6 +34,9 @@ def main() -> None:
         _fail(str(stop.error))
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ntrlhf: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,17 +51,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with fresh.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            os.replace(fresh, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(name)
+                fresh.unlink()
             raise
         sync(path.parent)
 
@@ -195,9 +193,3 @@ def _aside(path: Path) -> Path:
 
 def _inside(filename: object, path: Path) -> bool:
     return isinstance(filename, (str, bytes, Path)) and os.fsdecode(filename).startswith(str(path.parent))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -135,10 +135,9 @@ class Ledger:
             wanted.setdefault(question_key(_checked(question)), question)
         with self._store.reading() as connection:
             unanswered, _ = self._affordable(connection, wanted)
-        keys = list(unanswered)
-        for start in range(0, len(keys), batch_size):
-            batch = self._reserve({key: unanswered[key] for key in keys[start : start + batch_size]})
-            if batch:
+        items = list(unanswered.items())
+        for start in range(0, len(items), batch_size):
+            if batch := self._reserve(dict(items[start : start + batch_size])):
                 self._record(batch, labeler)
         labels = self._labels(among(list(wanted)))
         return [labels[question_key(question)] for question in questions]
@@ -166,12 +165,11 @@ class Ledger:
 
     def _labels(self, *where: ColumnElement[bool]) -> dict[str, Label]:
         """Return the labels that meet all conditions by key, in the order in which they were given."""
-        query = select(
-            question_table, answer_table.c.id.label("label"), answer_table.c.outcome, answer_table.c.labeler,
-            answer_table.c.time.label("answered"),
-        ).join(answer_table)  # fmt: skip
+        answer = answer_table.c
+        given = (answer.id.label("label"), answer.outcome, answer.labeler, answer.time.label("answered"))
+        query = select(question_table, *given).join(answer_table)
         with self._store.reading() as connection:
-            rows = connection.execute(query.where(*where).order_by(answer_table.c.id))
+            rows = connection.execute(query.where(*where).order_by(answer.id))
             return {row.key: read_label(row._mapping) for row in rows}
 
     def _affordable(

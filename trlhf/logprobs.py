@@ -13,23 +13,28 @@ from transformers import PreTrainedModel
 from trlhf.masks import mask_from_lengths
 
 TokenIds = Sequence[int]
+ROW_TOKENS = 512  # responses to one prompt share a row up to this length: beyond it attention costs more than is saved
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Prompts with their responses, each row ``prompt + response`` and then padding.
+    """Responses with their prompts, ready for one forward pass. Responses to one prompt may share a row:
+    ``prompt, response, response, …, padding``, each response blind to its neighbours, its positions going on from the
+    prompt's. The prompt is then computed once.
 
     Attributes:
-        input_ids: [B T]; padding on the right.
-        attention_mask: [B T], 1 on real tokens.
-        starts: [B], where each response begins.
+        input_ids: [N T], N rows.
+        position_ids: [N T].
+        attention_mask: [N T], 1 on real tokens, where every row holds one response; else [N 1 T T], True = may attend.
+        sources: [B R], index into the N·T positions of the one that predicts each response token: the token before it.
         response_ids: [B R], padded on the right.
         response_mask: [B R], True on the response's tokens (EOS included).
     """
 
-    input_ids: Int[Tensor, "B T"]
-    attention_mask: Int[Tensor, "B T"]
-    starts: Int[Tensor, " B"]
+    input_ids: Int[Tensor, "N T"]
+    position_ids: Int[Tensor, "N T"]
+    attention_mask: Tensor
+    sources: Int[Tensor, "B R"]
     response_ids: Int[Tensor, "B R"]
     response_mask: Bool[Tensor, "B R"]
 
@@ -37,39 +42,84 @@ class SequenceBatch:
         """Return the batch on a device."""
         return SequenceBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
-    def response_positions(self) -> Int[Tensor, "B R"]:
-        """Return for each response token the index in ``input_ids`` whose hidden state predicts it: one before it."""
-        offsets = torch.arange(self.response_ids.shape[1], device=self.starts.device)
-        return (self.starts[:, None] - 1 + offsets).clamp(max=self.input_ids.shape[1] - 1)
 
+def pad_sequences(
+    prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int, share_prompts: bool = True
+) -> SequenceBatch:
+    """Lay out responses behind their prompts, padded on the right.
 
-def pad_sequences(prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int) -> SequenceBatch:
-    """Lay out ``prompts[i] + responses[i]`` as rows, padded on the right.
+    Args:
+        prompts: one a response.
+        responses: token lists.
+        pad_id: fills up.
+        share_prompts: let *consecutive* responses to equal prompts share a row; needs attention that takes a mask of
+            its own (sdpa, eager), see `can_share_prompts`.
 
     Raises:
-        ValueError: no rows, an empty prompt, or lists of different length.
+        ValueError: no responses, an empty prompt, or lists of different length.
     """
     if not prompts or len(prompts) != len(responses):
-        raise ValueError(f"pad_sequences needs as many responses as prompts and at least one, got {len(prompts)}")
+        raise ValueError(f"pad_sequences: expected one prompt a response, got {len(prompts)} and {len(responses)}")
     if not all(prompts):
         raise ValueError("pad_sequences: a prompt without tokens has nothing to predict the first response token from")
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    longest = max(1, *(len(r) for r in responses)) if len(responses) > 1 else max(1, len(responses[0]))
-    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    return SequenceBatch(
-        input_ids=torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
-        attention_mask=mask_from_lengths([len(row) for row in rows], width).long(),
-        starts=torch.tensor([len(p) for p in prompts]),
-        response_ids=torch.tensor([[*r, *([pad_id] * (longest - len(r)))] for r in responses]),
-        response_mask=mask_from_lengths([len(r) for r in responses], longest),
-    )
+    rows: list[list[int]] = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        fits = share_prompts and rows and list(prompts[rows[-1][0]]) == list(prompt)
+        if fits and len(prompt) + sum(len(responses[j]) for j in rows[-1]) + len(response) <= ROW_TOKENS:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
+    width, longest = max(lengths), max(1, *(len(response) for response in responses), 1)
+    ids = torch.full((len(rows), width), pad_id)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    segments = torch.full((len(rows), width), -1)
+    sources = torch.zeros(len(prompts), longest, dtype=torch.long)
+    response_ids = torch.full((len(prompts), longest), pad_id)
+    for n, row in enumerate(rows):
+        prompt = prompts[row[0]]
+        end = len(prompt)
+        ids[n, :end], positions[n, :end], segments[n, :end] = torch.tensor(list(prompt)), torch.arange(end), 0
+        for number, i in enumerate(row, 1):
+            tokens = torch.tensor(list(responses[i]), dtype=torch.long)
+            start, end = end, end + len(tokens)
+            ids[n, start:end], segments[n, start:end] = tokens, number
+            positions[n, start:end] = len(prompt) + torch.arange(len(tokens))
+            response_ids[i, : len(tokens)] = tokens
+            before = torch.arange(start - 1, end - 1)
+            before[:1] = len(prompt) - 1  # the first token of every response is predicted by the prompt's last
+            sources[i, : len(tokens)] = n * width + before
+    if len(rows) == len(prompts):
+        mask = mask_from_lengths(lengths, width).long()
+    else:
+        mask = _segment_mask(segments)
+    response_mask = mask_from_lengths([len(response) for response in responses], longest)
+    return SequenceBatch(ids, positions, mask, sources, response_ids, response_mask)
+
+
+def _segment_mask(segments: Int[Tensor, "N T"]) -> Bool[Tensor, "N 1 T T"]:
+    """Return who may attend to whom: earlier positions of the prompt (segment 0) and of one's own segment, and oneself."""
+    width = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    return (((key == 0) | (key == query)) & causal)[:, None]
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether a model's attention takes a mask of our own."""
+    return model.config._attn_implementation in ("sdpa", "eager")
 
 
 def response_hidden(backbone: PreTrainedModel, batch: SequenceBatch) -> Float[Tensor, "B R D"]:
     """Return the hidden states that predict each response token, from a model without its language-model head."""
-    hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-    index = batch.response_positions()[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index)
+    mask = batch.attention_mask
+    if mask.dim() == 4:  # additive, as every attention implementation that takes it understands
+        lowest = torch.finfo(backbone.dtype).min
+        mask = torch.zeros(mask.shape, dtype=backbone.dtype, device=mask.device).masked_fill(~mask, lowest)
+    hidden = backbone(
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[batch.sources]
 
 
 def response_logits(model: PreTrainedModel, batch: SequenceBatch) -> Float[Tensor, "B R V"]:

@@ -106,8 +106,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens of a response: a blank, the text, EOS."""
-    ids: list[int] = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
+    """Return the tokens of a response as they follow a prompt: a blank, the text, EOS.
+
+    A tokenizer that marks the start of a text (SentencePiece's ``▁``, as Mistral's does) would split the first word
+    differently on its own, so it is tokenized behind the colon that prompts end in.
+    """
+    colon: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(": " + text.strip(), add_special_tokens=False)["input_ids"]
+    if ids[: len(colon)] == colon:
+        ids = ids[len(colon) :]
+    else:  # the colon merged with what follows it
+        ids = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
     return [*ids, int(tokenizer.eos_token_id)]
 
 
@@ -139,16 +148,22 @@ def load_policy(path: str | Path, config: ModelConfig, device: str) -> tuple[Pre
         copy = load_causal_lm(path, config, device)
         copy.requires_grad_(False)
         return policy, Reference(copy)
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora = LoraConfig(
+    return cast("PreTrainedModel", get_peft_model(policy, lora_config(config))), Reference(None)
+
+
+def lora_config(config: ModelConfig) -> Any:
+    """Return peft's configuration of the adapters that ``model.lora`` describes."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
         target_modules=list(config.lora.target_modules),
         task_type="CAUSAL_LM",
     )
-    return cast("PreTrainedModel", get_peft_model(policy, lora)), Reference(None)
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trlhf.config import Config
-from trlhf.console import print_table, progress
+from trlhf.console import print_table, progress, setup_logging
 from trlhf.run import RunDirectory, RunResult, open_run, planned
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
 
@@ -32,6 +32,7 @@ def run_pipeline(config: Config) -> RunResult:
         print_plan(config)
         return RunResult(Path(), {})
     with open_run(config) as run:
+        setup_logging(run.path)
         _prepare_torch(config)
         from trlhf.tasks import load_task
 

@@ -44,7 +44,7 @@ def test_an_exact_verdict_reads_the_response_when_no_answer_is_given() -> None:
 
 
 def test_exact_has_no_taste_and_says_which_answer_it_lacks() -> None:
-    with pytest.raises(UserError, match="prompt p1: it has no taste.*labeler=simulated"):
+    with pytest.raises(UserError, match=r"prompt p1: it has no taste.*labeler=simulated"):
         ExactVerifier(GOLD).answer([preference(1, "a", "b")])
     for labeler in (ExactVerifier({}), SimulatedPerson({}, length)):
         with pytest.raises(UserError, match=f"labeler {labeler.name}: prompt p1 has no gold answer"):

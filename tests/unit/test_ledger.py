@@ -273,7 +273,7 @@ def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite", budget=9) as ledger:
         ledger.ask([verdict("p0")], Scripted())
         other = Question("verdict", prompt("p0", "something else"), ("5",), "5")
-        with pytest.raises(UserError, match="prompt id p0 stands for two prompts: .*'question p0'.*'something else'"):
+        with pytest.raises(UserError, match=r"prompt id p0 stands for two prompts: .*'question p0'.*'something else'"):
             ledger.ask([other], Scripted())
 
 

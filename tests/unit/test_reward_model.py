@@ -48,8 +48,8 @@ def verdict_table(labels: list[float], groups: list[int] | None = None) -> Label
 def test_pooling_by_hand() -> None:
     hidden = torch.arange(24, dtype=torch.float32).reshape(2, 4, 3)
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    pooled = pool(hidden, mask, torch.tensor([1, 3]))
-    assert pooled.response.tolist() == [[6, 7, 8, 4.5, 5.5, 6.5], [21, 22, 23, 21, 22, 23]]
+    pooled = pool(-hidden, hidden, mask, torch.tensor([1, 3]))
+    assert pooled.response.tolist() == [[-4.5, -5.5, -6.5, 4.5, 5.5, 6.5], [-21, -22, -23, 21, 22, 23]]
     assert pooled.prompt.tolist() == [[0, 1, 2], [18, 19, 20]]
 
 
@@ -177,7 +177,7 @@ def test_bootstrap_weights_are_by_prompt_and_never_zero() -> None:
 
 
 def test_the_length_nuisance_takes_up_what_length_explains() -> None:
-    """Labels that only say "long is right", on features that hold the length: scores follow it less with the nuisance."""
+    """Labels that only say "long is right", on features that hold the length: with the nuisance scores follow it less."""
     rng = random.Random(0)
     lengths = [rng.randint(2, 60) for _ in range(120)]
     log_lengths = torch.tensor(lengths).float().log()
@@ -193,8 +193,6 @@ def test_the_length_nuisance_takes_up_what_length_explains() -> None:
         fit_heads(heads, problem, bootstrap_weights(table.groups, 5, 0), seed=0)
         scores = heads.scores(pooled).mean(dim=1).detach()
         correlations[nuisance] = torch.corrcoef(torch.stack([scores, log_lengths]))[0, 1].item()
-        sizes = scores.std().item()
-        print(nuisance, correlations[nuisance], sizes)
     assert correlations[False] > 0.9
     assert correlations[True] < correlations[False] - 0.3
 

@@ -121,7 +121,7 @@ def test_the_backbone_learns_too(tiny_model_dir: Path, kind: str, monkeypatch: p
     model = RewardModel.from_backbone(tiny_model_dir, ModelConfig(), heads=2)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     seen: list[dict[str, float]] = []
-    settings = FitSettings(finetune=kind, epochs=2.0, learning_rate=3e-4, batch_size=8, microbatch_size=3)  # type: ignore[arg-type]
+    settings = FitSettings(finetune=kind, epochs=2.0, learning_rate=1e-5, batch_size=8, microbatch_size=3)  # type: ignore[arg-type]
     fit(model, labels.responses, labels.pairs, settings, lambda step, metrics: seen.append({"step": step, **metrics}))
     losses = [row["validation_loss"] for row in seen if "validation_loss" in row]
     assert len(losses) == 2
@@ -337,7 +337,10 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
     assert [(label.response, label.right) for label in found.responses] == [("2", True), ("3", False), ("4", True)]
     assert found.responses[0].prompt is found.responses[1].prompt
     assert found.responses[0].prompt.task == "exact"
-    assert [(pair.first, pair.second, pair.preference) for pair in found.pairs] == [("Roses", "No.", 1), ("Ha", "Hi", 0.5)]
+    assert [(pair.first, pair.second, pair.preference) for pair in found.pairs] == [
+        ("Roses", "No.", 1),
+        ("Ha", "Hi", 0.5),
+    ]
     assert (found.pairs[1].prompt.task, found.pairs[1].prompt.kind) == ("open", "joke")
     assert (found.report.read, found.report.kept) == (9, 5)
     assert found.report.dropped == {
@@ -357,6 +360,7 @@ def test_labels_from_csv_are_text_and_still_read(tmp_path: Path) -> None:
 def test_a_file_without_one_usable_label_names_line_and_shapes(tmp_path: Path) -> None:
     path = write(tmp_path / "labels.jsonl", {"text": "hello"}, {"text": "you"})
     with pytest.raises(
-        UserError, match=r"labels.jsonl line 1: missing 'prompt'\. None of the 2 rows .*'response' and 'label'.*'chosen'"
+        UserError,
+        match=r"labels.jsonl line 1: missing 'prompt'\. None of the 2 rows .*'response' and 'label'.*'chosen'",
     ):
         read_labelled(path)

@@ -40,6 +40,11 @@ def test_bootstrap_is_reproducible_and_near_the_normal_interval() -> None:
     assert low < narrow[0] < narrow[1] < high
 
 
+def test_bootstrap_of_a_skewed_sample_is_skewed_the_same_way() -> None:
+    values = [0.0] * 18 + [1.0] * 2  # means of resamples: Binomial(20, 0.1) / 20, quantiles 0 and 0.25
+    assert stats.bootstrap_interval(values) == pytest.approx((0.0, 0.25))
+
+
 def test_bootstrap_of_a_constant_is_that_constant() -> None:
     assert stats.bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
     assert stats.bootstrap_interval([1.5]) == (1.5, 1.5)

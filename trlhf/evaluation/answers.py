@@ -40,6 +40,9 @@ _MATHS = re.compile(  # operators, LaTeX, brackets; square root, pi, infinity, u
 _SCIENTIFIC = r"[0-9.]+(?:\\times|\\cdot|\*|x)10\^\{?-?[0-9]{1,2}\}?"
 _UNWORKED = re.compile(rf"(?!{_SCIENTIFIC}$)(?:[0-9.(){{}}*/^+x-]|\\times|\\cdot|\\div)+")
 _CANONICAL_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
+_MOST_MARKERS = 8  # from the end of a response; together with the next limit it keeps the time linear in its length
+_SHORT_REPLY = 3  # words
+_LONGEST_ANSWER = 300
 _LONGEST_NUMBER = 60  # digits that are worth exact arithmetic; longer ones are compared as text
 _LONGEST_EXPRESSION = 150
 # What could keep a computer algebra system busy for ever (there is no time limit outside the main thread).
@@ -64,10 +67,11 @@ def extract_answer(text: str) -> str | None:
 
     Looked for after the markers "(the) answer is" (up to the end of the sentence), "####" and, at the start of a line,
     "A:" or "Answer:" (up to the end of the line), and inside ``\\boxed{…}``; the last one in the text that is followed
-    by an answer counts. Without any of them: the last number of the last sentence.
+    by an answer counts. Without any of them: the last number of the last sentence; and of a reply of at most three
+    words without a number, the reply itself ("Yellow.").
     """
     text = _CALCULATOR.sub("", text).strip()
-    for match in reversed(list(_MARKER.finditer(text))):
+    for match in reversed(list(_MARKER.finditer(text))[-_MOST_MARKERS:]):
         span = text[match.end() :]
         span = (_boxed(span) or "") if match["boxed"] else span.split("\n", 1)[0]
         if match["sentence"] and (end := _SENTENCE_END.search(span)):
@@ -77,7 +81,9 @@ def extract_answer(text: str) -> str | None:
             return answer
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
     numbers = _NUMBER_IN_TEXT.findall(sentences[-1]) if sentences else []
-    return canonical_answer(numbers[-1]) if numbers else None
+    if numbers:
+        return canonical_answer(numbers[-1])
+    return canonical_answer(text.rstrip(".")) if 0 < len(text.split()) <= _SHORT_REPLY else None
 
 
 def canonical_answer(text: str) -> str | None:
@@ -86,8 +92,11 @@ def canonical_answer(text: str) -> str | None:
     Currency signs, units, thousands separators, leading and trailing zeros, a full stop and LaTeX wrapping go:
     ``"$1,080.00"`` → ``"1080"``, ``"0.50 km"`` → ``"0.5"``. A fraction stays one, in lowest terms (``"2/4"`` →
     ``"1/2"``); after an equals sign only the right-hand side counts; the letter of a choice is upper-cased (``"(b)"``
-    → ``"B"``); other mathematics loses its spaces; any other text is casefolded. Canonical forms stay as they are.
+    → ``"B"``); other mathematics loses its spaces; any other text, and all of more than 300 characters, is casefolded.
+    Canonical forms stay as they are.
     """
+    if len(text) > _LONGEST_ANSWER:
+        return " ".join(text.casefold().split()) or None
     text = _unwrap(text)
     text = re.split(r"(?<![<>!≤≥:\\])=", text)[-1].strip() or text
     text = re.sub(r"^\(([+-]?[0-9.]+)\)$", r"\1", text)
@@ -154,13 +163,13 @@ def _from_span(span: str) -> str | None:
 
 def _boxed(text: str) -> str | None:
     r"""Return the inside of the last balanced ``\boxed{…}``."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
-    return None
+    found, stack = (-1, -1), []
+    for match in re.finditer(r"\\f?boxed\s*\{|[{}]", text):
+        if match[0] != "}":
+            stack.append(match.end() if len(match[0]) > 1 else -1)
+        elif stack and (start := stack.pop()) > found[0]:
+            found = (start, match.start())
+    return text[slice(*found)] if found[0] >= 0 else None
 
 
 def _unwrap(text: str) -> str:

@@ -75,12 +75,16 @@ def recipe(rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """Return a story of one of the families told to its end, mostly with the sums and sometimes with the question."""
+    """Return a story of one of the families: told to its end, mostly with the sums; or as an exercise, without an answer.
+
+    A question is never followed by its answer here: that is for SFT to teach.
+    """
     problem = rng.choice(FAMILIES)(rng)
-    ask = f" {problem.ask}" if rng.random() < 0.4 else ""
-    sums = " ".join(["", *(f"{step.equation()}." for step in problem.steps)]) if rng.random() < 0.8 else ""
+    if rng.random() < 0.3:
+        return f"{problem.story} {problem.ask}"
+    sums = " ".join(["", *(f"{step.equation()}." for step in problem.steps)]) if rng.random() < 0.85 else ""
     end = rng.choice(("So it is", "That makes", "In the end it is"))
-    return f"{problem.story}{ask}{sums} {end} {problem.answer}."
+    return f"{problem.story}{sums} {end} {problem.answer}."
 
 
 def fact(rng: random.Random) -> str:
@@ -222,7 +226,7 @@ def main() -> None:
     """Parse the command line and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=MICRO_BASE)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trlhf.config import RlConfig
 from trlhf.errors import UserError
-from trlhf.logprobs import pad_sequences, response_logprobs
+from trlhf.logprobs import can_share_prompts, pad_sequences, response_logprobs
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.models import Reference
 from trlhf.rl.anchors import Anchor, anchor_loss
@@ -75,6 +75,7 @@ class DpoLearner:
         self.policy, self.reference, self.config, self.pad_id = policy, reference, config, pad_id
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0)
+        self.share_prompts = can_share_prompts(policy)
         self.bad_steps = 0
 
     def update(
@@ -106,7 +107,7 @@ class DpoLearner:
     def _step(self, pairs: Sequence[Pair], anchors: Sequence[Anchor], sums: defaultdict[str, float]) -> None:
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        ordered = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)))
+        ordered = sorted(pairs, key=lambda pair: (len(pair.prompt_ids), pair.prompt_ids))  # equal prompts side by side
         size = max(1, config.microbatch_size // 2)
         for start in range(0, len(ordered), size):
             part = ordered[start : start + size]
@@ -134,22 +135,22 @@ class DpoLearner:
         sums["grad_norm"] += float(norm)
 
     def _loss(self, pairs: Sequence[Pair], denominator: float) -> tuple[Tensor, Metrics]:
-        """Compute the loss of a microbatch: chosen responses in the first half of the rows, rejected in the second."""
+        """Compute the loss of a microbatch: rows are chosen, rejected, chosen, … so that they share their prompts."""
         config = self.config
-        prompts = [pair.prompt_ids for pair in pairs] * 2
-        responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-        batch = pad_sequences(prompts, responses, self.pad_id).to(self.policy.device)
+        prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
+        responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        batch = pad_sequences(prompts, responses, self.pad_id, self.share_prompts).to(self.policy.device)
         with torch.no_grad(), self.reference.active(self.policy) as model:
             reference = (response_logprobs(model, batch) * batch.response_mask).sum(1)
         policy = (response_logprobs(self.policy, batch) * batch.response_mask).sum(1)
-        n = len(pairs)
-        loss, metrics = dpo_loss(policy[:n], policy[n:], reference[:n], reference[n:], denominator, config.beta)
-        nll = chosen_nll(policy[:n], batch.response_mask[:n].sum(1).float(), denominator)
+        chosen, rejected = policy[::2], policy[1::2]
+        loss, metrics = dpo_loss(chosen, rejected, reference[::2], reference[1::2], denominator, config.beta)
+        nll = chosen_nll(chosen, batch.response_mask[::2].sum(1).float(), denominator)
         with torch.no_grad():
             metrics |= {
-                "chosen_logprob": float(policy[:n].sum()),
-                "rejected_logprob": float(policy[n:].sum()),
-                "chosen_log_ratio": float((policy[:n] - reference[:n]).sum()),
+                "chosen_logprob": float(chosen.sum()),
+                "rejected_logprob": float(rejected.sum()),
+                "chosen_log_ratio": float((chosen - reference[::2]).sum()),
                 "nll": float(nll) * denominator,
             }
         return loss + config.nll_coef * nll, metrics

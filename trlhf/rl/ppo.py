@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from trlhf.advantages import gae, leave_one_out, whiten
 from trlhf.config import RlConfig
 from trlhf.errors import UserError
-from trlhf.logprobs import SequenceBatch, pad_sequences, response_logprobs
+from trlhf.logprobs import SequenceBatch, can_share_prompts, pad_sequences, response_logprobs
 from trlhf.losses.ppo import kl_estimate, kl_loss, ppo_loss, value_loss
-from trlhf.masks import masked_mean
+from trlhf.masks import mask_from_lengths, masked_mean
 from trlhf.models import Reference
 from trlhf.rl.anchors import Anchor, anchor_loss
 from trlhf.rl.critic import Critic
@@ -29,10 +29,13 @@ MAX_BAD_STEPS = 3
 
 @dataclass
 class Experience:
-    """One rollout batch, ready for updates. Rows are responses, in the order of their groups; detached.
+    """One rollout batch, ready for updates. Rows are responses, those of one prompt side by side; detached.
 
     Attributes:
-        batch: tokens and masks.
+        groups: the rows of each prompt.
+        prompts: the prompt's tokens for each row.
+        responses: the response's tokens for each row.
+        mask: [B R], True on response tokens.
         old_logprobs: [B R] of the policy before the first update, at the sampling temperature.
         reference_logprobs: [B R], likewise.
         advantages: [B R], whitened.
@@ -40,28 +43,26 @@ class Experience:
         returns: [B R]; zeros without a critic.
     """
 
-    batch: SequenceBatch
+    groups: list[list[int]]
+    prompts: list[tuple[int, ...]]
+    responses: list[tuple[int, ...]]
+    mask: Tensor
     old_logprobs: Tensor
     reference_logprobs: Tensor
     advantages: Tensor
     old_values: Tensor
     returns: Tensor
 
-    def rows(self, index: Sequence[int]) -> Experience:
-        """Return some rows, cut to their own longest sequence and response."""
-        i = torch.as_tensor(list(index))
-        mask = self.batch.response_mask[i]
-        attention = self.batch.attention_mask[i]
-        t, r = int(attention.sum(1).max()), max(1, int(mask.sum(1).max()))
-        batch = SequenceBatch(
-            self.batch.input_ids[i, :t],
-            attention[:, :t],
-            self.batch.starts[i],
-            self.batch.response_ids[i, :r],
-            mask[:, :r],
-        )
+    def batch(self, rows: Sequence[int], pad_id: int, share_prompts: bool) -> SequenceBatch:
+        """Return some rows as a batch for a forward pass."""
+        batch = pad_sequences([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, share_prompts)
+        return batch.to(self.mask.device)
+
+    def cut(self, rows: Sequence[int], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return old and reference log-probabilities, advantages, old values and returns of some rows: [b width]."""
         fields = (self.old_logprobs, self.reference_logprobs, self.advantages, self.old_values, self.returns)
-        return Experience(batch, *(field[i, :r] for field in fields))
+        old, reference, advantages, values, returns = (field[list(rows), :width] for field in fields)
+        return old, reference, advantages, values, returns
 
 
 class PpoLearner:
@@ -86,6 +87,7 @@ class PpoLearner:
             if critic is not None
             else None
         )
+        self.share_prompts = can_share_prompts(policy)
         self.kl_coef = config.kl_coef
         self.bad_steps = 0
 
@@ -118,13 +120,14 @@ class PpoLearner:
         experience, measured = self._collect(used)
         metrics |= measured
         sums: defaultdict[str, float] = defaultdict(float)
-        rows = len(experience.old_logprobs)
+        rows = len(experience.prompts)
+        per_minibatch = max(1, config.minibatch_size // config.samples_per_prompt)
         for _ in range(config.epochs):
-            order = list(range(rows))
+            order = list(experience.groups)
             rng.shuffle(order)
-            for start in range(0, rows, config.minibatch_size):
+            for start in range(0, len(order), per_minibatch):
                 chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
-                self._step(experience, order[start : start + config.minibatch_size], chosen, sums, warmup)
+                self._step(experience, order[start : start + per_minibatch], chosen, sums, warmup)
         steps, tokens = max(1.0, sums.pop("steps")), max(1.0, sums.pop("tokens"))
         metrics |= {name: value / tokens for name, value in sums.items() if name not in ("grad_norm", "anchor_kl", "first_ratio")}
         metrics |= {name: sums[name] / steps for name in ("grad_norm", "anchor_kl")}
@@ -136,24 +139,31 @@ class PpoLearner:
 
     def _collect(self, groups: Sequence[Group]) -> tuple[Experience, Metrics]:
         """Compute log-probabilities, values and advantages of a batch, without gradients."""
-        config = self.config
+        config, device = self.config, self.policy.device
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         prompts = [group.prompt_ids for group in groups for _ in group.rollouts]
-        batch = pad_sequences(prompts, [r.token_ids for r in rollouts], self.pad_id).to(self.policy.device)
-        scores = torch.tensor([group.rewards for group in groups], device=self.policy.device)
-        mask = batch.response_mask
-        blank = torch.zeros(mask.shape, device=self.policy.device)
-        experience = Experience(batch, blank.clone(), blank.clone(), blank.clone(), blank.clone(), blank.clone())
+        size = config.samples_per_prompt
+        scores = torch.tensor([group.rewards for group in groups], device=device)
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        mask = mask_from_lengths(lengths, max(lengths)).to(device)
+        blank = torch.zeros(mask.shape, device=device)
+        experience = Experience(
+            [list(range(start, start + size)) for start in range(0, len(rollouts), size)],
+            prompts,
+            [rollout.token_ids for rollout in rollouts],
+            mask,
+            *(blank.clone() for _ in range(5)),
+        )
         with torch.no_grad():
-            for index in self._microbatches(experience, range(len(rollouts))):
-                part = experience.rows(index)
-                width = part.batch.response_mask.shape[1]
-                experience.old_logprobs[index, :width] = response_logprobs(self.policy, part.batch, config.temperature)
+            for rows in self._microbatches(experience, experience.groups):
+                batch = experience.batch(rows, self.pad_id, self.share_prompts)
+                width = batch.response_mask.shape[1]
+                experience.old_logprobs[rows, :width] = response_logprobs(self.policy, batch, config.temperature)
                 with self.reference.active(self.policy) as reference:
-                    logprobs = response_logprobs(reference, part.batch, config.temperature)
-                experience.reference_logprobs[index, :width] = logprobs
+                    logprobs = response_logprobs(reference, batch, config.temperature)
+                experience.reference_logprobs[rows, :width] = logprobs
                 if self.critic is not None:
-                    experience.old_values[index, :width] = self.critic(part.batch)
+                    experience.old_values[rows, :width] = self.critic(batch)
         kl = kl_estimate(experience.old_logprobs, experience.reference_logprobs, "k1")
         if self.critic is None:
             per_response = leave_one_out(scores).flatten()
@@ -172,46 +182,52 @@ class PpoLearner:
 
     def _sampler_mismatch(self, experience: Experience, sampled: Sequence[Sequence[float]]) -> Metrics:
         """Compare the sampler's own log-probabilities with the training model's: KL(sampler ‖ policy), k3, per token."""
-        mask = experience.batch.response_mask
+        mask = experience.mask
         padded = torch.zeros(mask.shape)
         for i, row in enumerate(sampled):
             padded[i, : len(row)] = torch.tensor(row)
         difference = kl_estimate(padded.to(mask.device), experience.old_logprobs, "k3")
         return {"sampler_mismatch": float(masked_mean(difference, mask)), "response_tokens": float(mask.sum(1).float().mean())}
 
-    def _microbatches(self, experience: Experience, index: Sequence[int] | range) -> Iterator[list[int]]:
-        """Yield rows in microbatches of like length."""
-        lengths = experience.batch.attention_mask.sum(1).tolist()
-        order = sorted(index, key=lambda i: lengths[i])
-        for start in range(0, len(order), self.config.microbatch_size):
-            yield order[start : start + self.config.microbatch_size]
+    def _microbatches(self, experience: Experience, groups: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Yield rows in microbatches of like length, whole groups together where they fit."""
+        size = self.config.microbatch_size
+        ordered = sorted(groups, key=lambda group: sum(len(experience.responses[i]) for i in group))
+        rows = [row for group in ordered for row in group]
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
 
     def _step(
-        self, experience: Experience, index: list[int], anchors: Sequence[Anchor], sums: defaultdict[str, float], warmup: bool
+        self,
+        experience: Experience,
+        groups: Sequence[list[int]],
+        anchors: Sequence[Anchor],
+        sums: defaultdict[str, float],
+        warmup: bool,
     ) -> None:
         """Take one optimizer step on a minibatch; add its sums to ``sums``."""
         config = self.config
-        denominator = float(experience.batch.response_mask[index].sum())
+        denominator = float(sum(len(experience.responses[i]) for group in groups for i in group))
         self.optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
-        for micro in self._microbatches(experience, index):
-            part = experience.rows(micro)
-            mask = part.batch.response_mask
+        for rows in self._microbatches(experience, groups):
+            batch = experience.batch(rows, self.pad_id, self.share_prompts)
+            mask = batch.response_mask
+            old, reference, advantages, old_values, returns = experience.cut(rows, mask.shape[1])
             if self.critic is not None:
-                values = self.critic(part.batch)
                 critic_loss, counts = value_loss(
-                    values, part.old_values, part.returns, mask, denominator, config.value_clip_range
+                    self.critic(batch), old_values, returns, mask, denominator, config.value_clip_range
                 )
                 (config.value_coef * critic_loss).backward()  # type: ignore[no-untyped-call]
                 self._add(sums, counts | {"value_loss": float(critic_loss.detach()) * denominator})
             if warmup:
                 continue
-            logprobs = response_logprobs(self.policy, part.batch, config.temperature)
+            logprobs = response_logprobs(self.policy, batch, config.temperature)
             loss, counts = ppo_loss(
-                logprobs, part.old_logprobs, part.advantages, mask, denominator, config.clip_range, config.dual_clip
+                logprobs, old, advantages, mask, denominator, config.clip_range, config.dual_clip
             )
-            penalty, kl_counts = kl_loss(logprobs, part.reference_logprobs, mask, denominator)
+            penalty, kl_counts = kl_loss(logprobs, reference, mask, denominator)
             if config.kl_in == "loss":
                 loss = loss + self.kl_coef * penalty
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,162 @@
+"""``dry_run=true``: what a run would do, and what memory it would need. No torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from trlhf.config import Config, ModelConfig
+from trlhf.console import CONSOLE, print_table
+from trlhf.run import planned
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+MICRO_CONFIG = Path(__file__).parent / "micro" / "base" / "config.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Mistral-like model that memory depends on."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights: embeddings, attention, gated feed-forward, norms, head."""
+        head = self.hidden // self.heads
+        attention = self.hidden * self.hidden * 2 + 2 * self.hidden * self.kv_heads * head
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.layers * layer + self.hidden
+
+    def adapter_parameters(self, config: ModelConfig) -> int:
+        """Number of LoRA weights: r·(in + out) for each adapted layer."""
+        kv = self.hidden // self.heads * self.kv_heads
+        sizes = {
+            "q_proj": (self.hidden, self.hidden), "k_proj": (self.hidden, kv), "v_proj": (self.hidden, kv),
+            "o_proj": (self.hidden, self.hidden), "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden),
+        }  # fmt: skip
+        return self.layers * sum(config.lora.r * sum(sizes.get(name, (0, 0))) for name in config.lora.target_modules)
+
+
+# https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
+MISTRAL_7B = Shape(4096, 32, 14336, 32, 8, 32000, tied=False)
+KNOWN = {"mistralai/Mistral-7B-v0.1": MISTRAL_7B}
+
+
+def shape_of(config: ModelConfig) -> Shape | None:
+    """Return the model's sizes: of the embedded base, of a local folder, or of a hub model known by name; else None."""
+    if config.name in KNOWN:
+        return KNOWN[config.name]
+    path = MICRO_CONFIG if config.name == "micro" else Path(config.name) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Shape(
+            values["hidden_size"],
+            values["num_hidden_layers"],
+            values["intermediate_size"],
+            values["num_attention_heads"],
+            values.get("num_key_value_heads", values["num_attention_heads"]),
+            values["vocab_size"],
+            bool(values.get("tie_word_embeddings", False)),
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]:
+    """Estimate the peak memory of each stage, by role, in bytes.
+
+    Weights at ``model.dtype``; trained weights with gradients and AdamW's two moments (in float32 where all weights are
+    trained). Activations of one microbatch at full length with one float32 copy of its logits, about 34·hidden bytes a
+    token and layer at two bytes a value (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
+    attention matrix), or 2·hidden where checkpointed, as SFT does on a GPU. An estimate, to be wrong by tens of percents.
+    """
+    model, rl = config.model, config.rl
+    size = BYTES[model.dtype]
+    weights = float(shape.parameters * size)
+    trained = shape.adapter_parameters(model) if model.lora.enabled else shape.parameters
+    master = 4 if model.lora.enabled or model.dtype == "bfloat16" else 0
+    optimizer = float(trained * (12 if not model.lora.enabled else 8) + trained * master)
+
+    def activations(sequences: int, length: int, checkpointed: bool) -> float:
+        tokens = sequences * length
+        a_token = (2 if checkpointed else 17) * shape.hidden * size * shape.layers
+        return float(tokens * a_token + tokens * shape.vocabulary * 4 * 2)
+
+    kv = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * size
+    length = model.max_length
+    decoding = float(config.evaluation.batch_size * length * kv)
+    copies = 1 if model.lora.enabled else 2
+    critic = weights if rl.algorithm == "ppo" and rl.advantage == "gae" else 0.0
+    finetune = config.reward.finetune
+    reward_trained = 0.0 if finetune == "frozen" else optimizer
+    estimate = {
+        "sft": {
+            "weights": weights,
+            "gradients and optimizer": optimizer,
+            "activations": activations(config.sft.microbatch_size, length, checkpointed=model.name != "micro"),
+        },
+        "reward": {
+            "weights": weights,
+            "gradients and optimizer": reward_trained,
+            "activations": activations(config.reward.microbatch_size, length, checkpointed=finetune == "frozen"),
+        },
+        "rl": {
+            "weights": weights * copies + weights + critic,  # policy, reference (adapters off, or a copy), reward model
+            "gradients and optimizer": optimizer + (optimizer if critic else 0.0),
+            "activations": activations(rl.microbatch_size, length, checkpointed=False),
+            "KV cache": decoding,
+        },
+        "eval": {"weights": weights, "KV cache": decoding},
+    }
+    return {name: estimate[name] for name in planned(config)}
+
+
+def print_plan(config: Config) -> None:
+    """Print what would be done and what memory it would take."""
+    rl = config.rl
+    CONSOLE.print(f"[bold]plan[/bold] (dry_run=true: nothing is started){_named(config)}")
+    for line in (
+        f"stages: {', '.join(planned(config))}; seed {config.seed}; results in {config.run.dir or 'runs/<date>'}",
+        f"model: {config.model.name}, {config.model.dtype}, "
+        + (f"LoRA r={config.model.lora.r}" if config.model.lora.enabled else "all weights trained")
+        + f", context {config.model.max_length} tokens, template {config.template.name}",
+        f"data: {config.data.name}; at most {config.data.sft_prompts or 'all'} demonstrations, "
+        f"{config.data.pool_prompts or 'all'} pool prompts, {config.data.test_prompts or 'all'} test prompts",
+        f"labels: {config.targeting.budget} at most, {config.reward.labels} of them for the reward stage; "
+        f"labeler {config.labeler.name}; targeting {config.targeting.strategy}",
+        f"rl: {rl.algorithm}, {rl.rounds} rounds of {rl.steps_per_round} steps, "
+        f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step",
+    ):
+        CONSOLE.print("  " + line, highlight=False)
+    shape = shape_of(config.model)
+    if shape is None:
+        CONSOLE.print(f"  memory: not estimated, the sizes of {config.model.name} are not known here", highlight=False)
+        return
+    estimate = memory_estimate(config, shape)
+    roles = list(dict.fromkeys(role for parts in estimate.values() for role in parts))
+    rows = [
+        [name, *(f"{parts.get(role, 0) / GIB:.2f}" for role in roles), f"{sum(parts.values()) / GIB:.2f}"]
+        for name, parts in estimate.items()
+    ]
+    print_table(
+        f"Memory estimate in GiB, {shape.parameters / 1e9:.3f} billion parameters, longest possible sequences",
+        ["stage", *roles, "sum"],
+        rows,
+    )
+    CONSOLE.print(
+        "  too much? lower the stage's microbatch_size, evaluation.batch_size or model.max_length; or model.lora.enabled=true",
+        highlight=False,
+    )
+
+
+def _named(config: Config) -> str:
+    return f" experiment {config.experiment}" if config.experiment else ""
