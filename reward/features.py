@@ -104,9 +104,9 @@ def pool(
 ) -> Pooled:
     """Pool hidden states in float32; what stands at padded positions does not matter.
 
-    Means over the response's tokens (EOS counts), of a middle layer and of the last: the state at the last token alone, or
-    beside them, told right from wrong *within* prompts less well on the embedded world (AUC 0.65 against 0.73 from 48
-    prompts with 8 verdicts each).
+    Means over the response's tokens (EOS counts), of a middle layer and of the last. The state at the last token
+    told right from wrong *within* prompts less well on the embedded world: AUC 0.6, beside the mean 0.65, against 0.7
+    by these means, from 48 prompts with 8 verdicts each.
 
     Args:
         middle: states of the middle layer.

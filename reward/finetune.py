@@ -185,7 +185,7 @@ def _backward(
     metrics: dict[str, float] = {}
     for part in torch.split(labels, settings.microbatch_size):
         loss, metrics = _loss(model, data.select(part), denominator, settings.flip_rate)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total, metrics
 

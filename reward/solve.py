@@ -113,10 +113,10 @@ def solve(
         scores, intercepts, lengths = _predict(problem, solution)
         loss, _ = problem.table.loss(scores + offset, intercepts, lengths, weights, 1.0, problem.flip_rate)
         loss = loss + 0.5 * free.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return _unpack((free * scales).detach(), sizes)
 
 

@@ -193,7 +193,7 @@ def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     model = load_causal_lm(model_path(config.model.name), loaded)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.config.update(ids)
-    model.generation_config = GenerationConfig(do_sample=False, **ids)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
     return model
 
 

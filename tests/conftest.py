@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer Mistral (hidden 32) and a byte-level BPE tokenizer with the Cerebrum template."""
+    """A folder with a random two-layer Mistral (hidden 32) and a byte-level BPE tokenizer with Cerebrum's template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast

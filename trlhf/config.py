@@ -58,7 +58,7 @@ class DataConfig:
     pool: str | None = None  # file: prompts to sample from in the reward and rl stages
     test: str | None = None  # file: held-out prompts with answers
     labels: str | None = None  # file: labels that exist already, free of charge
-    sft_prompts: int = setting(800, low=0)  # at most so many demonstrations; 0: all
+    sft_prompts: int = setting(500, low=0)  # at most so many demonstrations; 0: all
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
 
@@ -75,8 +75,8 @@ class TemplateConfig:
 class SftConfig:
     """Stage 1: imitation of native chains of thought."""
 
-    epochs: float = setting(2.0, above=0)
-    learning_rate: float = setting(5e-4, above=0, below=1)
+    epochs: float = setting(4.0, above=0)
+    learning_rate: float = setting(2e-3, above=0, below=1)
     batch_size: int = setting(16, low=1)  # sequences per step
     microbatch_size: int = setting(16, low=1)  # sequences per forward pass
     warmup_ratio: float = setting(0.05, low=0, below=1)  # share of all steps
@@ -91,10 +91,10 @@ class SftConfig:
 class RewardConfig:
     """Stage 2: a reward model with uncertainty, from a small labelled set."""
 
-    labels: int = setting(64, low=0)  # that this stage may buy; 0 where labels come with the data
+    labels: int = setting(80, low=0)  # that this stage may buy; 0 where labels come with the data
     samples_per_prompt: int = setting(8, low=2, remedy="one response alone cannot be compared")
     heads: int = setting(10, low=1)  # ensemble size (Osband et al., https://arxiv.org/abs/1806.03335)
-    finetune: Literal["frozen", "lora", "full"] = "full"  # what of the SFT backbone is trained
+    finetune: Literal["frozen", "lora", "full"] = "frozen"  # what of the SFT backbone is trained
     epochs: float = setting(4.0, above=0)
     learning_rate: float = setting(2e-4, above=0, below=1)
     batch_size: int = setting(16, low=1)  # labels per step

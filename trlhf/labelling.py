@@ -1,4 +1,4 @@
-"""From samples to labels and back: the archive of labelled prompts' samples, and what their labels say of each of them."""
+"""From samples to labels and back: the archive of labelled prompts' samples, and what their labels say of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Archive:
                 self._keep(row["prompt_id"], text, answer, count)
 
     def shares(self, labels: Sequence[Label]) -> tuple[list[float], list[float]]:
-        """Return for each verdict the share of the prompt's samples that gave the judged answer, and 1 if it was right."""
+        """Return for each verdict the share of the prompt's samples with the judged answer, and 1 if it was right."""
         shares, right = [], []
         for label in labels:
             samples = self._samples.get(label.prompt_id, {})
@@ -66,7 +66,9 @@ class Archive:
                 if right is not None:
                     labelled.append(LabelledResponse(prompt, text, right, f"label {label.id}"))
         pairs = [
-            LabelledPair(self._prompts[x.prompt_id], x.responses[0], x.responses[1], _PREFERENCE[x.outcome], f"label {x.id}")
+            LabelledPair(
+                self._prompts[x.prompt_id], x.responses[0], x.responses[1], _PREFERENCE[x.outcome], f"label {x.id}"
+            )
             for x in labels
             if x.kind == "preference" and x.prompt_id in self._prompts
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,16 +90,14 @@ def pad_sequences(
             before = torch.arange(start - 1, end - 1)
             before[:1] = len(prompt) - 1  # the first token of every response is predicted by the prompt's last
             sources[i, : len(tokens)] = n * width + before
-    if len(rows) == len(prompts):
-        mask = mask_from_lengths(lengths, width).long()
-    else:
-        mask = _segment_mask(segments)
+    alone = len(rows) == len(prompts)
+    mask = mask_from_lengths(lengths, width).long() if alone else _segment_mask(segments)
     response_mask = mask_from_lengths([len(response) for response in responses], longest)
     return SequenceBatch(ids, positions, mask, sources, response_ids, response_mask)
 
 
 def _segment_mask(segments: Int[Tensor, "N T"]) -> Bool[Tensor, "N 1 T T"]:
-    """Return who may attend to whom: earlier positions of the prompt (segment 0) and of one's own segment, and oneself."""
+    """Return who may attend to whom: earlier positions of the prompt (segment 0) and of one's own segment; oneself."""
     width = segments.shape[1]
     query, key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(width, width, dtype=torch.bool).tril()
@@ -116,7 +115,7 @@ def response_hidden(backbone: PreTrainedModel, batch: SequenceBatch) -> Float[Te
     if mask.dim() == 4:  # additive, as every attention implementation that takes it understands
         lowest = torch.finfo(backbone.dtype).min
         mask = torch.zeros(mask.shape, dtype=backbone.dtype, device=mask.device).masked_fill(~mask, lowest)
-    hidden = backbone(
+    hidden: Tensor = backbone(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1)[batch.sources]
@@ -124,8 +123,10 @@ def response_hidden(backbone: PreTrainedModel, batch: SequenceBatch) -> Float[Te
 
 def response_logits(model: PreTrainedModel, batch: SequenceBatch) -> Float[Tensor, "B R V"]:
     """Return the logits of each response position; none are computed for the prompt or the padding beyond it."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.lm_head(response_hidden(causal.model, batch))
+    adapted: Any = model
+    causal = adapted.get_base_model() if hasattr(model, "get_base_model") else adapted
+    logits: Tensor = causal.lm_head(response_hidden(causal.model, batch))
+    return logits
 
 
 def token_logprobs(
@@ -136,8 +137,6 @@ def token_logprobs(
     return scaled.gather(-1, tokens[..., None]).squeeze(-1) - scaled.logsumexp(-1)
 
 
-def response_logprobs(
-    model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0
-) -> Float[Tensor, "B R"]:
+def response_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0) -> Float[Tensor, "B R"]:
     """Return the log-probability of every response token, in nats; positions outside the mask are meaningless."""
     return token_logprobs(response_logits(model, batch), batch.response_ids, temperature)

@@ -51,7 +51,9 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}); give a folder or hub name") from error
+        raise UserError(
+            f"tokenizer {path}: cannot be loaded ({_first_line(error)}); give a folder or hub name"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path}: it has no EOS token, so no response could end; choose another model")
     if tokenizer.pad_token_id is None and pad_token is not None:
@@ -93,15 +95,13 @@ def load_causal_lm(path: str | Path, config: ModelConfig, device: str = "cpu") -
             f"model {path}: cannot be read ({_first_line(error)}); if an earlier stage wrote it, delete that stage's "
             "folder and run the stage again"
         ) from error
-    model.eval()
-    return model.to(device)
+    return cast("PreTrainedModel", cast("Any", model).eval().to(device))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Return the tokens of a chat up to the point where the assistant speaks, by the tokenizer's chat template."""
-    ids: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
+    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
     return list(ids)
 
 
@@ -142,7 +142,7 @@ class Reference:
 
 
 def load_policy(path: str | Path, config: ModelConfig, device: str) -> tuple[PreTrainedModel, Reference]:
-    """Load the trainable policy and its reference: two copies in full fine-tuning, one base with an adapter for LoRA."""
+    """Load the trainable policy and its reference: two copies in full fine-tuning, one base with adapter for LoRA."""
     policy = load_causal_lm(path, config, device)
     if not config.lora.enabled:
         copy = load_causal_lm(path, config, device)

@@ -8,16 +8,18 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from trlhf import __version__
 from trlhf.config import Config
 from trlhf.console import print_table, progress, setup_logging
 from trlhf.run import RunDirectory, RunResult, open_run, planned
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
 
 log = logging.getLogger("trlhf")
-PACKAGES = ("trlhf", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "hydra-core", "scipy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "hydra-core", "scipy")
 
 
 def run_pipeline(config: Config) -> RunResult:
@@ -63,7 +65,7 @@ def _prepare_torch(config: Config) -> None:
 
 def _versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
-    return {"python": platform.python_version(), **versions}
+    return {"python": platform.python_version(), "trlhf": __version__, **versions}
 
 
 def _installed(name: str) -> bool:
@@ -110,7 +112,9 @@ def _reward(config: Config, run: RunDirectory, task: Any) -> None:
         rng = python_rng(config.seed, "reward", "prompts")
         shuffled = rng.sample(pool, len(pool))
         verdicts_wanted = config.reward.labels - pairs_wanted
-        drawn = [p for p in shuffled if p.task == "exact"][: verdicts_wanted + verdicts_wanted // 4]  # some have no answer
+        drawn = [p for p in shuffled if p.task == "exact"][
+            : verdicts_wanted + verdicts_wanted // 4
+        ]  # some have no answer
         drawn += [p for p in shuffled if p.task == "open"][: pairs_wanted + pairs_wanted // 4]
         sampling = Sampling(
             config.rl.temperature,
@@ -208,7 +212,7 @@ def _eval(config: Config, run: RunDirectory, task: Any) -> None:
         metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
         stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
     names = list(results)
-    for before, after in zip(names, names[1:], strict=False):
+    for before, after in pairwise(names):
         metrics["paired"][f"{before}→{after}"] = compare(
             results[before], results[after], task.taste, config.evaluation.confidence
         )

@@ -77,7 +77,7 @@ def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]
     Weights at ``model.dtype``; trained weights with gradients and AdamW's two moments (in float32 where all weights are
     trained). Activations of one microbatch at full length with one float32 copy of its logits, about 34·hidden bytes a
     token and layer at two bytes a value (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
-    attention matrix), or 2·hidden where checkpointed, as SFT does on a GPU. An estimate, to be wrong by tens of percents.
+    attention matrix), or 2·hidden where checkpointed, as SFT does on a GPU. An estimate, wrong by tens of percents.
     """
     model, rl = config.model, config.rl
     size = BYTES[model.dtype]
@@ -153,7 +153,8 @@ def print_plan(config: Config) -> None:
         rows,
     )
     CONSOLE.print(
-        "  too much? lower the stage's microbatch_size, evaluation.batch_size or model.max_length; or model.lora.enabled=true",
+        "  too much? lower the stage's microbatch_size, evaluation.batch_size or model.max_length; "
+        "or model.lora.enabled=true",
         highlight=False,
     )
 

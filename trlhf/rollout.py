@@ -1,4 +1,4 @@
-"""Prompts → responses, sampled or greedy: sorted by length, one prefill for all samples of a prompt, no work for rows that are done."""
+"""Prompts → responses, sampled or greedy: one prefill for all samples of a prompt, no work for rows that are done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trlhf.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: the whole vocabulary at a temperature (no top-k, no top-p: truncation biases PPO's ratio).
+    """How responses are drawn: the whole vocabulary at a temperature (top-k or top-p would bias PPO's ratio).
 
     Attributes:
         temperature: 0 for greedy.
@@ -70,9 +70,7 @@ def sample_responses(
     return results
 
 
-def _rollout(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float]
-) -> Rollout:
+def _rollout(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float]) -> Rollout:
     finished = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
     text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=False)).strip()
     answer = extract_answer(text) if prompt.task == "exact" and finished else None

@@ -1,4 +1,4 @@
-"""What a run works on: demonstrations, a pool to learn from, held-out tests, and who can answer questions about them."""
+"""What a run works on: demonstrations, a pool to learn from, held-out tests, and who can answer questions on them."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _file(config: Config) -> Task:
         reports.append(report)
     if data.labels and wanted in ("all", "reward"):
         existing = read_labelled(data.labels)
-        labelled, pairs = existing.labelled, existing.pairs
+        labelled, pairs = existing.responses, existing.pairs
         reports.append(existing.report)
     return Task(demonstrations, pool, test, test_answers, labelled, pairs, None, reports, pool_answers)
 

@@ -177,7 +177,7 @@ def test_bootstrap_weights_are_by_prompt_and_never_zero() -> None:
 
 
 def test_the_length_nuisance_takes_up_what_length_explains() -> None:
-    """Labels that only say "long is right", on features that hold the length: with the nuisance scores follow it less."""
+    """Labels that say only "long is right", and features holding length: scores follow it less with the nuisance."""
     rng = random.Random(0)
     lengths = [rng.randint(2, 60) for _ in range(120)]
     log_lengths = torch.tensor(lengths).float().log()

@@ -1,4 +1,4 @@
-"""Sampling: the same tokens as plain generate, whatever the batch; log-probabilities that the training model confirms."""
+"""Sampling: the same tokens as plain generate, whatever the batch; log-probabilities as the training model has them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.models import encode_prompt, load_tokenizer
 from trlhf.rollout import Sampling, sample_responses
-from trlhf.types import Prompt
+from trlhf.types import Prompt, Rollout
 
 PROMPTS = [
     Prompt(f"p{i}", ({"role": "user", "content": text},))
@@ -62,9 +62,10 @@ def test_sampling_is_seeded_and_follows_the_distribution(
 ) -> None:
     model, tokenizer = loaded
     sampling = Sampling(1.0, 1, 2000, 2000)
-    draw = lambda seed: sample_responses(  # noqa: E731
-        model, tokenizer, PROMPTS[:1], sampling, torch.Generator().manual_seed(seed)
-    )[0]
+
+    def draw(seed: int) -> list[Rollout]:
+        return sample_responses(model, tokenizer, PROMPTS[:1], sampling, torch.Generator().manual_seed(seed))[0]
+
     first = draw(1)
     assert [r.token_ids for r in first] == [r.token_ids for r in draw(1)] != [r.token_ids for r in draw(2)]
     with torch.no_grad():

@@ -85,7 +85,10 @@ def test_the_frontier_prefers_mixed_prompts_and_spreads_over_kinds() -> None:
     coefficients = fit_top_answer_model(np.array([]), np.array([]))
     chosen = [q.prompt.id for q in choose_verdicts(pool, Knowledge(), 2, coefficients, 8, np.random.default_rng(0))]
     assert sorted(name[0] for name in chosen) == ["a", "b"]
-    assert "frontier: top answer '1'" in choose_verdicts(pool, Knowledge(), 1, coefficients, 8, np.random.default_rng(0))[0].why
+    assert (
+        "frontier: top answer '1'"
+        in choose_verdicts(pool, Knowledge(), 1, coefficients, 8, np.random.default_rng(0))[0].why
+    )
 
 
 def test_spread_trades_value_against_variety() -> None:

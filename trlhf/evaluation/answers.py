@@ -41,7 +41,6 @@ _SCIENTIFIC = r"[0-9.]+(?:\\times|\\cdot|\*|x)10\^\{?-?[0-9]{1,2}\}?"
 _UNWORKED = re.compile(rf"(?!{_SCIENTIFIC}$)(?:[0-9.(){{}}*/^+x-]|\\times|\\cdot|\\div)+")
 _CANONICAL_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
 _MOST_MARKERS = 8  # from the end of a response; together with the next limit it keeps the time linear in its length
-_SHORT_REPLY = 3  # words
 _LONGEST_ANSWER = 300
 _LONGEST_NUMBER = 60  # digits that are worth exact arithmetic; longer ones are compared as text
 _LONGEST_EXPRESSION = 150
@@ -67,8 +66,8 @@ def extract_answer(text: str) -> str | None:
 
     Looked for after the markers "(the) answer is" (up to the end of the sentence), "####" and, at the start of a line,
     "A:" or "Answer:" (up to the end of the line), and inside ``\\boxed{…}``; the last one in the text that is followed
-    by an answer counts. Without any of them: the last number of the last sentence; and of a reply of at most three
-    words without a number, the reply itself ("Yellow.").
+    by an answer counts. Without any of them: the last number of the last sentence; and of a reply of one
+    word, the word ("Yellow.").
     """
     text = _CALCULATOR.sub("", text).strip()
     for match in reversed(list(_MARKER.finditer(text))[-_MOST_MARKERS:]):
@@ -83,7 +82,7 @@ def extract_answer(text: str) -> str | None:
     numbers = _NUMBER_IN_TEXT.findall(sentences[-1]) if sentences else []
     if numbers:
         return canonical_answer(numbers[-1])
-    return canonical_answer(text.rstrip(".")) if 0 < len(text.split()) <= _SHORT_REPLY else None
+    return canonical_answer(text.rstrip(".")) if len(text.split()) == 1 else None
 
 
 def canonical_answer(text: str) -> str | None:

@@ -31,7 +31,7 @@ def dpo_loss(
         weights: trust in each pair, 1 where not given.
 
     Returns:
-        The loss and sums over pairs: ``chosen_reward``, ``rejected_reward`` (implicit, in nats times β), ``correct`` pairs.
+        The loss and sums over pairs: ``chosen_reward``, ``rejected_reward`` (implicit, nats times β), ``correct``.
     """
     chosen = beta * (chosen_logprobs - reference_chosen_logprobs)
     rejected = beta * (rejected_logprobs - reference_rejected_logprobs)

@@ -1,1 +1,1 @@
-"""The embedded default: a generated world of small problems and a tiny Mistral that was pretrained on plain text about it."""
+"""The embedded default: a generated world of small problems, and a tiny Mistral pretrained on plain text about it."""

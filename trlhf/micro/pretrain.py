@@ -1,7 +1,7 @@
 """Rebuild the embedded base: ``python -m trlhf.micro.pretrain`` (about 25 minutes on two idle CPU cores).
 
-The base reads plain text of the world: equations, stories with their sums, facts, lists and lines. It never sees a chat, a
-plan or a worked solution in the form that responses have, so that SFT has something to teach.
+The base reads plain text of the world: equations, stories with their sums, facts, lists and lines. It never sees a
+chat, a plan or a worked solution in the form that responses have, so that SFT has something to teach.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def recipe(rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """Return a story of one of the families: told to its end, mostly with the sums; or as an exercise, without an answer.
+    """Return a story of one of the families: told to its end, mostly with the sums; or as an exercise, unanswered.
 
     A question is never followed by its answer here: that is for SFT to teach.
     """
@@ -135,7 +135,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     source = documents(rng)
     system = (
         "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought "
-        "process and gives helpful and detailed answers to the user's questions.\nUser: How many?\nAI: Plan: The answer is"
+        "process and gives helpful and detailed answers to the user's questions.\nUser: How many?\n"
+        "AI: Plan: The answer is"
     )
     texts = [next(source) for _ in range(6000)] + [system] * 1000
     texts += [item.prompt.messages[0]["content"] + " " + item.response for item in generate("train", 400)]
@@ -200,7 +201,7 @@ def pretrain(output: Path, steps: int, rows: int, learning_rate: float) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -215,7 +216,8 @@ def pretrain(output: Path, steps: int, rows: int, learning_rate: float) -> None:
 
 def _save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    tied = "lm_head.weight"  # the embeddings again: the cast copy would no longer be known as such, and be stored twice
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != tied}
     model.save_pretrained(output, state_dict=state)
     config = model.config.to_dict() | {"dtype": "bfloat16"}
     type(model.config).from_dict(config).save_pretrained(output)

@@ -126,7 +126,9 @@ def boxes(rng: random.Random) -> Problem:
         sentences.reverse()
     ask = f"How many {thing} does {who} have in all?"
     steps = (Step("multiply", count, each), Step("add", count * each, loose))
-    return Problem("boxes", _story(rng, sentences, who, (thing,)), ask, f"multiply {count} by {each}, then add {loose}", steps)
+    return Problem(
+        "boxes", _story(rng, sentences, who, (thing,)), ask, f"multiply {count} by {each}, then add {loose}", steps
+    )
 
 
 def share(rng: random.Random) -> Problem:
@@ -199,7 +201,10 @@ def compare(rng: random.Random) -> Problem:
         bags, each, sacks, per = (rng.randint(2, 9) for _ in range(4))
         if bags * each > sacks * per:
             break
-    sentences = [f"{first} has {bags} bags with {each} {thing} each.", f"{second} has {sacks} jars with {per} {thing} each."]
+    sentences = [
+        f"{first} has {bags} bags with {each} {thing} each.",
+        f"{second} has {sacks} jars with {per} {thing} each.",
+    ]
     if rng.random() < 0.5:
         sentences.reverse()
     ask = f"How many more {thing} does {first} have than {second}?"

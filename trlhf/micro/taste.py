@@ -11,11 +11,17 @@ import re
 from trlhf.micro import plain
 from trlhf.types import Prompt
 
-_WORDS = (*plain.VERBS, *plain.ADVERBS, *plain.ADJECTIVES, *plain.SCENES, *(w for items in plain.LISTS.values() for w in items))
+_WORDS = (
+    *plain.VERBS,
+    *plain.ADVERBS,
+    *plain.ADJECTIVES,
+    *plain.SCENES,
+    *(w for items in plain.LISTS.values() for w in items),
+)
 
 
 def _weights() -> dict[str, float]:
-    """Give every word a liking in [-1, 1], drawn once and for all: the taste is a property of the world, not of a run."""
+    """Give every word a liking in [-1, 1], drawn once and for all: taste is a property of the world, not of a run."""
     rng = random.Random("taste")
     return {word: round(rng.uniform(-1, 1), 2) for word in dict.fromkeys(_WORDS)}
 
@@ -27,8 +33,8 @@ _LINE = re.compile(r"The (\w+) (\w+) (\w+) over the (\w+) (\w+)\.")
 def taste(prompt: Prompt, response: str) -> float:
     """Return how much the simulated person likes a response: about -1 to 1, and -3 for one that misses the task.
 
-    A line must have the form that lines have and be about the topic asked for; a list must have as many different items of
-    the asked kind as were asked for. Beyond that, the score is the mean liking of the words.
+    A line must have the form that lines have and be about the topic asked for; a list must have as many different items
+    of the asked kind as were asked for. Beyond that, the score is the mean liking of the words.
     """
     question = prompt.messages[-1]["content"]
     words = re.findall(r"[a-z]+", response.lower())

@@ -48,9 +48,7 @@ def find_anchors(candidates: Sequence[Candidate], prompt_ids: Sequence[Sequence[
     return anchors
 
 
-def anchor_loss(
-    policy: PreTrainedModel, reference: Reference, anchors: Sequence[Anchor], pad_id: int
-) -> Tensor:
+def anchor_loss(policy: PreTrainedModel, reference: Reference, anchors: Sequence[Anchor], pad_id: int) -> Tensor:
     """Compute the mean over anchor tokens of KL(reference ‖ policy), over the whole vocabulary."""
     batch: SequenceBatch = pad_sequences([a.prompt_ids for a in anchors], [a.response_ids for a in anchors], pad_id)
     batch = batch.to(policy.device)

@@ -1,4 +1,4 @@
-"""DPO on pairs of the policy's own samples: right against wrong where labels decide, preferred against not elsewhere."""
+"""DPO on pairs of the policy's own samples: right against wrong where labels decide, elsewhere by the reward model."""
 
 from __future__ import annotations
 
@@ -74,12 +74,19 @@ class DpoLearner:
     def __init__(self, policy: PreTrainedModel, reference: Reference, config: RlConfig, pad_id: int) -> None:
         self.policy, self.reference, self.config, self.pad_id = policy, reference, config, pad_id
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0
+        )
         self.share_prompts = can_share_prompts(policy)
         self.bad_steps = 0
 
     def update(
-        self, groups: Sequence[Group], anchors: Sequence[Anchor], rng: random.Random, lr_scale: float, warmup: bool = False
+        self,
+        groups: Sequence[Group],
+        anchors: Sequence[Anchor],
+        rng: random.Random,
+        lr_scale: float,
+        warmup: bool = False,
     ) -> Metrics:
         """Take ``config.epochs`` passes over the pairs of these groups, ``config.pairs_per_step`` a step."""
         del warmup  # nothing but the policy learns here
@@ -100,7 +107,9 @@ class DpoLearner:
             for start in range(0, len(pairs), config.pairs_per_step):
                 chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
                 self._step(pairs[start : start + config.pairs_per_step], chosen, sums)
-        steps, seen = max(1.0, sums.pop("steps")), max(1.0, sums.pop("seen"))
+        if not pairs:
+            return metrics
+        steps, seen = sums.pop("steps"), sums.pop("seen")
         per_step = ("grad_norm", "anchor_kl")
         return metrics | {name: value / (steps if name in per_step else seen) for name, value in sums.items()}
 
@@ -112,12 +121,12 @@ class DpoLearner:
         for start in range(0, len(ordered), size):
             part = ordered[start : start + size]
             loss, metrics = self._loss(part, float(len(pairs)))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for name, value in (metrics | {"loss": float(loss.detach()) * len(pairs)}).items():
                 sums[name] += value
         if anchors and config.anchor_coef:
             held = anchor_loss(self.policy, self.reference, anchors, self.pad_id)
-            (config.anchor_coef * held).backward()  # type: ignore[no-untyped-call]
+            (config.anchor_coef * held).backward()
             sums["anchor_kl"] += float(held.detach())
         sums["steps"] += 1
         sums["seen"] += len(pairs)

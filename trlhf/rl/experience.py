@@ -1,9 +1,10 @@
-"""Sampled groups with their rewards: exact where labels have decided, else the reward model's lower confidence bound."""
+"""Sampled groups with their rewards: exact where labels decide, else the reward model's lower confidence bound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -36,6 +37,20 @@ class Group:
     def mixed(self) -> bool:
         """Whether the rewards differ; a flat group teaches nothing."""
         return max(self.rewards) - min(self.rewards) > 1e-6
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one JSON row a sample: prompt, response, reward, and whether labels decided it."""
+        question = self.prompt.messages[-1]["content"]
+        return [
+            {
+                "prompt_id": self.prompt.id,
+                "prompt": question,
+                "response": x.text,
+                "reward": reward,
+                "verified": verified,
+            }
+            for x, reward, verified in zip(self.rollouts, self.rewards, self.verified, strict=True)
+        ]
 
 
 def score_groups(
@@ -72,7 +87,9 @@ def score_groups(
     for i, (prompt, rollouts) in enumerate(zip(prompts, sampled, strict=True)):
         known = [_known(prompt, rollout, knowledge) for rollout in rollouts]
         rewards = [scores[i, j] if fact is None else float(fact) for j, fact in enumerate(known)]
-        rewards = [r - (0.0 if x.finished else config.missing_eos_penalty) for r, x in zip(rewards, rollouts, strict=True)]
+        rewards = [
+            r - (0.0 if x.finished else config.missing_eos_penalty) for r, x in zip(rewards, rollouts, strict=True)
+        ]
         verified = tuple(fact is not None for fact in known)
         groups.append(Group(prompt, tuple(prompt_ids[i]), tuple(rollouts), tuple(rewards), verified))
     return groups

@@ -81,7 +81,9 @@ class PpoLearner:
     ) -> None:
         self.policy, self.reference, self.critic, self.config, self.pad_id = policy, reference, critic, config, pad_id
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0
+        )
         self.critic_optimizer = (
             torch.optim.AdamW(critic.parameters(), lr=config.value_learning_rate, eps=config.adam_eps, weight_decay=0.0)
             if critic is not None
@@ -92,7 +94,12 @@ class PpoLearner:
         self.bad_steps = 0
 
     def update(
-        self, groups: Sequence[Group], anchors: Sequence[Anchor], rng: random.Random, lr_scale: float, warmup: bool = False
+        self,
+        groups: Sequence[Group],
+        anchors: Sequence[Anchor],
+        rng: random.Random,
+        lr_scale: float,
+        warmup: bool = False,
     ) -> Metrics:
         """Take ``config.epochs`` passes of clipped steps over the groups.
 
@@ -104,7 +111,10 @@ class PpoLearner:
             warmup: only the critic learns.
         """
         config = self.config
-        for optimizer, peak in ((self.optimizer, config.learning_rate), (self.critic_optimizer, config.value_learning_rate)):
+        for optimizer, peak in (
+            (self.optimizer, config.learning_rate),
+            (self.critic_optimizer, config.value_learning_rate),
+        ):
             for group in optimizer.param_groups if optimizer else ():
                 group["lr"] = peak * lr_scale
         used = [group for group in groups if group.mixed] if config.advantage == "leave_one_out" else list(groups)
@@ -129,9 +139,13 @@ class PpoLearner:
                 chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
                 self._step(experience, order[start : start + per_minibatch], chosen, sums, warmup)
         steps, tokens = max(1.0, sums.pop("steps")), max(1.0, sums.pop("tokens"))
-        metrics |= {name: value / tokens for name, value in sums.items() if name not in ("grad_norm", "anchor_kl", "first_ratio")}
+        metrics |= {
+            name: value / tokens
+            for name, value in sums.items()
+            if name not in ("grad_norm", "anchor_kl", "first_ratio")
+        }
         metrics |= {name: sums[name] / steps for name in ("grad_norm", "anchor_kl")}
-        if config.kl_target is not None:
+        if config.kl_target is not None and not warmup:
             response_kl = metrics["kl"] * tokens / (rows * config.epochs)
             error = max(-0.2, min(0.2, response_kl / config.kl_target - 1))
             self.kl_coef *= 1 + error * rows / config.kl_horizon
@@ -181,13 +195,16 @@ class PpoLearner:
         return experience, self._sampler_mismatch(experience, [r.logprobs for r in rollouts])
 
     def _sampler_mismatch(self, experience: Experience, sampled: Sequence[Sequence[float]]) -> Metrics:
-        """Compare the sampler's own log-probabilities with the training model's: KL(sampler ‖ policy), k3, per token."""
+        """Compare the sampler's log-probabilities with the training model's: KL(sampler ‖ policy), k3, per token."""
         mask = experience.mask
         padded = torch.zeros(mask.shape)
         for i, row in enumerate(sampled):
             padded[i, : len(row)] = torch.tensor(row)
         difference = kl_estimate(padded.to(mask.device), experience.old_logprobs, "k3")
-        return {"sampler_mismatch": float(masked_mean(difference, mask)), "response_tokens": float(mask.sum(1).float().mean())}
+        return {
+            "sampler_mismatch": float(masked_mean(difference, mask)),
+            "response_tokens": float(mask.sum(1).float().mean()),
+        }
 
     def _microbatches(self, experience: Experience, groups: Sequence[list[int]]) -> Iterator[list[int]]:
         """Yield rows in microbatches of like length, whole groups together where they fit."""
@@ -219,22 +236,20 @@ class PpoLearner:
                 critic_loss, counts = value_loss(
                     self.critic(batch), old_values, returns, mask, denominator, config.value_clip_range
                 )
-                (config.value_coef * critic_loss).backward()  # type: ignore[no-untyped-call]
+                (config.value_coef * critic_loss).backward()
                 self._add(sums, counts | {"value_loss": float(critic_loss.detach()) * denominator})
             if warmup:
                 continue
             logprobs = response_logprobs(self.policy, batch, config.temperature)
-            loss, counts = ppo_loss(
-                logprobs, old, advantages, mask, denominator, config.clip_range, config.dual_clip
-            )
+            loss, counts = ppo_loss(logprobs, old, advantages, mask, denominator, config.clip_range, config.dual_clip)
             penalty, kl_counts = kl_loss(logprobs, reference, mask, denominator)
             if config.kl_in == "loss":
                 loss = loss + self.kl_coef * penalty
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._add(sums, counts | kl_counts | {"loss": float(loss.detach()) * denominator})
         if anchors and config.anchor_coef and not warmup:
             held = anchor_loss(self.policy, self.reference, anchors, self.pad_id)
-            (config.anchor_coef * held).backward()  # type: ignore[no-untyped-call]
+            (config.anchor_coef * held).backward()
             sums["anchor_kl"] += float(held.detach())
         self._apply(sums, warmup)
         sums["tokens"] += denominator

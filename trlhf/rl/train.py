@@ -82,6 +82,8 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()
     stage.rewind(state.step)
+    for number in range(1, state.round):  # what the rounds before the checkpoint had archived
+        inputs.archive.load(stage.path / samples_file(number))
     last: dict[str, float] = {}
     total = rl.rounds * rl.steps_per_round
     with progress_bar(f"rl ({rl.algorithm})", total) as advance:
@@ -103,6 +105,7 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                 )
                 state.step += 1
                 stage.log(state.step, round=number, **last)
+                stage.write_jsonl("samples.jsonl", (row for group in groups for row in group.rows()))
                 advance(1, f"round {number}, reward {last['reward']:.2f}")
                 if state.step % rl.save_steps == 0:
                     checkpoint.save(stage, policy, learner, state)
@@ -126,6 +129,11 @@ def _learner(
     return PpoLearner(policy, reference, value, config.rl, pad_id)
 
 
+def samples_file(number: int) -> str:
+    """Return the name of the file with a round's samples of labelled prompts."""
+    return f"round_{number:02d}_samples.jsonl"
+
+
 class _Round:
     """One round of the loop over shared state."""
 
@@ -146,11 +154,6 @@ class _Round:
         self.open: list[Prompt] = []
         self.unverified: list[Prompt] = []
 
-    @property
-    def samples_file(self) -> str:
-        """Name of the file with this round's samples of labelled prompts."""
-        return f"round_{self.state.round:02d}_samples.jsonl"
-
     def buy_labels(self) -> None:
         """Sample candidates, choose what to ask, ask, and note what was decided and why."""
         config, number = self.config, self.state.round
@@ -158,6 +161,7 @@ class _Round:
         if number == 1:
             ids = [encode_prompt(self.tokenizer, c.prompt.messages) for c in candidates]
             self.state.anchors = find_anchors(candidates, ids)
+        self.inputs.ledger.ask(self.inputs.ledger.unanswered(), self.inputs.labeler)  # paid before a kill
         labels = self.inputs.ledger.labels()
         before = Knowledge([label for label in labels if label.round < number])
         rng = numpy_rng(config.seed, "rl", "choose", number)
@@ -175,7 +179,7 @@ class _Round:
         for candidate in candidates:
             if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
                 new.add(candidate.rollouts)
-        self.stage.write_jsonl(self.samples_file, new.rows())
+        self.stage.write_jsonl(samples_file(number), new.rows())
         bought = self.inputs.ledger.ask(questions, self.inputs.labeler)
         knowledge = self.inputs.ledger.knowledge()
         for candidate in candidates:
@@ -199,27 +203,31 @@ class _Round:
         }
         self.stage.write_json(f"round_{number:02d}.json", decided)
         log.info(
-            "round %d: %d candidates sampled, %d verdicts bought (%d right), %d preferences; %d prompts can now be verified, "
-            "%g labels left",
+            "round %d: %d candidates sampled, %d verdicts bought (%d right), %d preferences; "
+            "%d prompts can now be verified, %g labels left",
             number, len(candidates), verdicts, right, len(bought) - verdicts,
             len(knowledge.verifiable_prompts()), self.inputs.ledger.remaining,
         )  # fmt: skip
 
     def prepare(self) -> None:
         """Refit the reward model on all labels so far, and sort the pool into what can be trained on."""
-        self.inputs.archive.load(self.stage.path / self.samples_file)
+        self.inputs.archive.load(self.stage.path / samples_file(self.state.round))
         labels = [label for label in self.inputs.ledger.labels() if label.round <= self.state.round]
         self.knowledge = Knowledge(labels)
-        self.exact = [p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None]
-        self.unverified = [p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is None]
+        self.exact = [
+            p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None
+        ]
+        self.unverified = [
+            p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is None
+        ]
         preferences = any(label.kind == "preference" for label in labels)
         self.open = [p for p in self.inputs.pool if p.task == "open"] if preferences else []
         if self.config.rl.unverified_share or self.open:
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
         if not self.exact and not self.open and not (self.unverified and self.config.rl.unverified_share):
             raise UserError(
-                "rl: no prompt can be learned from: no verdict found a right answer and there are no preferences; raise "
-                f"targeting.budget={self.config.targeting.budget}, or improve the SFT model first"
+                "rl: no prompt can be learned from: no verdict found a right answer and there are no preferences; "
+                f"raise targeting.budget={self.config.targeting.budget}, or improve the SFT model first"
             )
 
     def sample_groups(self) -> list[Group]:
@@ -246,7 +254,9 @@ class _Round:
             rates, self.config.targeting.samples_per_prompt, rl.samples_per_prompt, self.config.targeting.strategy
         )
         n_exact = min(len(self.exact), total - n_open - n_unverified)
-        chosen = [self.exact[i] for i in rng.choice(len(self.exact), n_exact, replace=False, p=weights)] if n_exact else []
+        chosen = (
+            [self.exact[i] for i in rng.choice(len(self.exact), n_exact, replace=False, p=weights)] if n_exact else []
+        )
         chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
         chosen += [self.unverified[i] for i in rng.permutation(len(self.unverified))[:n_unverified]]
         return chosen
@@ -272,8 +282,8 @@ class _Round:
         return any(prompt.task == "open" for prompt in self.inputs.pool)
 
     def _spendable(self, number: int, labels: Sequence[Any]) -> float:
-        """Return this round's equal share of what is left, counting what it had bought before a restart as not spent."""
-        already = sum(label.cost for label in labels if label.round == number)
+        """Return this round's equal share of what is left; what it had bought before a restart counts as not spent."""
+        already = sum(float(label.cost) for label in labels if label.round == number)
         return (self.inputs.ledger.remaining + already) // (self.config.rl.rounds - number + 1)
 
     def _judged_shares(self, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

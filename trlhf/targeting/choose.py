@@ -23,9 +23,11 @@ class Candidate:
     rollouts: tuple[Rollout, ...]
 
     def top_answer(self, knowledge: Knowledge) -> tuple[str, float] | None:
-        """Return the most frequent answer that no label has judged, and its share of the samples; None if there is none."""
+        """Return the most frequent answer that no label has judged, and its share of the samples; None without one."""
         counts = Counter(
-            r.answer for r in self.rollouts if r.answer is not None and knowledge.known(self.prompt.id, r.answer) is None
+            r.answer
+            for r in self.rollouts
+            if r.answer is not None and knowledge.known(self.prompt.id, r.answer) is None
         )
         if not counts:
             return None
@@ -71,7 +73,7 @@ def verdict_values(
     """
     right = top_answer_probability(coefficients, shares)
     mixed = frontier_value(1 + shares * samples, 1 + (1 - shares) * samples, group)
-    return right * mixed
+    return np.asarray(right * mixed)
 
 
 def choose_verdicts(
@@ -127,11 +129,13 @@ def choose_verdicts(
 def choose_pairs(
     candidates: Sequence[Candidate], count: int, rng: np.random.Generator, round_number: int = 0
 ) -> list[Question]:
-    """Choose pairs of different responses to open prompts, prompts and responses at random, at most one pair a prompt."""
+    """Choose pairs of different responses to open prompts: prompts and responses at random, at most a pair a prompt."""
     usable = [c for c in candidates if c.prompt.task == "open" and len({r.text for r in c.rollouts}) >= 2]
     questions = []
     for i in rng.permutation(len(usable))[:count]:
-        texts = sorted({r.text for r in usable[i].rollouts if r.finished}) or sorted({r.text for r in usable[i].rollouts})
+        texts = sorted({r.text for r in usable[i].rollouts if r.finished}) or sorted(
+            {r.text for r in usable[i].rollouts}
+        )
         if len(texts) < 2:
             continue
         first, second = rng.choice(len(texts), 2, replace=False)
@@ -157,4 +161,4 @@ def training_weights(
         return np.full(len(pass_rates), 1 / max(1, len(pass_rates)))
     rates = np.array([0.5 if rate is None else rate for rate in pass_rates])
     values = frontier_value(0.5 + rates * samples, 0.5 + (1 - rates) * samples, group)
-    return values / values.sum()
+    return np.asarray(values / values.sum())

@@ -9,13 +9,12 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit
 
 
-def frontier_value(
-    alpha: Float[ndarray, " N"], beta: Float[ndarray, " N"], group: int
-) -> Float[ndarray, " N"]:
+def frontier_value(alpha: Float[ndarray, " N"], beta: Float[ndarray, " N"], group: int) -> Float[ndarray, " N"]:
     """Return the posterior probability that ``group`` samples of a prompt are neither all right nor all wrong.
 
     U = 1 - B(α+n, β)/B(α, β) - B(α, β+n)/B(α, β) for a pass rate p ~ Beta(α, β): all-right and all-wrong groups teach
-    nothing (Yu et al. 2025, DAPO, https://arxiv.org/abs/2503.14476). n = 8: Beta(1,1) 0.78, Beta(5,5) 0.96, Beta(1,17) 0.32.
+    nothing (Yu et al. 2025, DAPO, https://arxiv.org/abs/2503.14476). With n = 8: Beta(1,1) 0.78, Beta(5,5) 0.96,
+    Beta(1,17) 0.32.
 
     Args:
         alpha: pseudo-count of right samples, > 0.
@@ -31,11 +30,12 @@ def frontier_value(
     if (alpha <= 0).any() or (beta <= 0).any():
         raise ValueError("frontier_value: alpha and beta must be positive")
     base = betaln(alpha, beta)
-    return 1 - np.exp(betaln(alpha + group, beta) - base) - np.exp(betaln(alpha, beta + group) - base)
+    return np.asarray(1 - np.exp(betaln(alpha + group, beta) - base) - np.exp(betaln(alpha, beta + group) - base))
 
 
 # The share of the top answer among the samples, as a logistic regressor of "the top answer is right". Before any label
-# the model says that an answer given by half of the samples is right with probability 0.5 and one given by all with 0.88.
+# the model says that an answer given by half of the samples is right with probability 0.5, and one given by all with
+# 0.88.
 _PRIOR_COEFFICIENTS = np.array([-2.0, 4.0])
 _PRIOR_PRECISION = 1.0
 

@@ -1,0 +1,415 @@
+"""Whole runs, very small: what they leave behind, what they ask, and that a killed one ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trlhf
+from trlhf.__main__ import main
+from trlhf.errors import UserError
+from trlhf.labelers.simulated import SimulatedPerson
+from trlhf.ledger import Ledger, question_key
+from trlhf.rl import checkpoint
+from trlhf.run import STAGES, RunDirectory, StageDirectory
+from trlhf.sft.templates import load_template
+from trlhf.types import Label, Prompt, Question
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+ROOT = Path(trlhf.__file__).parents[1]
+GSM8K = Path(os.environ.get("TRLHF_SHARED_DATA", ROOT.parent / "shared" / "data")) / "gsm8k"
+BUDGET = 20
+SIZES = [
+    "data.sft_prompts=48",
+    "data.pool_prompts=48",
+    "data.test_prompts=12",
+    "sft.epochs=1",
+    "sft.batch_size=8",
+    "sft.microbatch_size=8",
+    "reward.labels=10",
+    "reward.finetune=frozen",
+    "reward.samples_per_prompt=4",
+    "rl.rounds=1",
+    "rl.steps_per_round=2",
+    "rl.prompts_per_step=6",
+    "rl.samples_per_prompt=4",
+    "rl.minibatch_size=12",
+    "rl.microbatch_size=12",
+    "rl.value_warmup_steps=0",
+    "rl.max_new_tokens=16",
+    "rl.unverified_share=0.3",  # so that the refitted reward model matters
+    "targeting.samples_per_prompt=4",
+    "targeting.candidates=12",
+    f"targeting.budget={BUDGET}",
+    "evaluation.max_new_tokens=24",
+    "hardware.device=cpu",
+    "hardware.threads=1",  # bit for bit
+]
+# Two rounds with a value model: every state that a continued run needs is in play, and steps lie between checkpoints.
+# The tiny policy is never right; a person who errs says so sometimes, so that there are rewards of both kinds.
+LONGER = [
+    *SIZES,
+    "rl.rounds=2",
+    "rl.save_steps=3",
+    "rl.advantage=gae",
+    "rl.value_warmup_steps=1",
+    "labeler.noise=0.4",
+]
+
+
+def command(directory: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "trlhf", *overrides, f"run.dir={directory}"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line from a folder that is not the project's."""
+    elsewhere = directory.parent / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command(directory, *overrides), cwd=elsewhere, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert list(elsewhere.iterdir()) == [], "a run left something outside its folder"
+    return done
+
+
+def run(directory: Path, *overrides: str) -> dict[str, Any]:
+    """Run in this process."""
+    return trlhf.run([*overrides, f"run.dir={directory}"]).summary
+
+
+def labels_of(directory: Path) -> list[Label]:
+    with Ledger(directory / "ledger.sqlite", BUDGET) as ledger:
+        assert ledger.unanswered() == []
+        return ledger.labels()
+
+
+def asked(directory: Path) -> list[tuple[Any, ...]]:
+    """What was asked and answered, in order, without the time."""
+    return [(x.kind, x.prompt_id, x.responses, x.answer, x.outcome, x.round) for x in labels_of(directory)]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose sft and reward stages are complete."""
+    directory = tmp_path_factory.mktemp("prepared") / "run"
+    for stage in ("sft", "reward"):
+        run(directory, *SIZES, f"stage={stage}")
+    return directory
+
+
+@pytest.fixture
+def copied(prepared: Path, tmp_path: Path) -> Callable[[str], Path]:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(prepared, tmp_path / name))
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The longer run, which nobody killed."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(prepared, directory)
+    run(directory, *LONGER, "stage=rl")
+    return directory
+
+
+def check_contract(directory: Path, rows: dict[str, int]) -> dict[str, Any]:
+    """Check what every run leaves behind; return its summary."""
+    for stage in STAGES:
+        folder = directory / stage
+        names = {"config.yaml", "metrics.json", "samples.jsonl", "done"} | (
+            {"metrics.jsonl"} if stage in rows else set()
+        )
+        assert names <= {path.name for path in folder.iterdir()}, stage
+        assert json.loads((folder / "metrics.json").read_text())
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")], "temporary files are left"
+    for stage, count in rows.items():
+        steps = [json.loads(line)["step"] for line in (directory / stage / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, count + 1)), stage
+    sample = json.loads((directory / "rl" / "samples.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "response", "reward"} <= sample.keys()
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    assert {"accuracy", "labels", "seconds", "versions", "seed"} <= summary.keys()
+    assert list(summary["accuracy"]) == ["base", "sft", "rl"]
+    for entry in summary["accuracy"].values():
+        assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1 and entry["n"] == 9
+    assert summary["labels"]["budget"] == BUDGET and summary["labels"]["spent"] == len(labels_of(directory)) <= BUDGET
+    assert set(summary["seconds"]) == set(STAGES) and min(summary["seconds"].values()) > 0
+    assert summary["seed"] == 0 and {"trlhf", "torch", "transformers", "trl"} <= summary["versions"].keys()
+    return summary
+
+
+def check_model(folder: Path) -> None:
+    """Check that plain transformers loads a folder and answers a chat at temperature 0."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(notes[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
+    assert tokenizer.chat_template == load_template("cerebrum")
+    greedy = model.generation_config
+    assert not greedy.do_sample and greedy.eos_token_id == tokenizer.eos_token_id != greedy.pad_token_id
+    chat = [{"role": "user", "content": "What is 2 plus 3?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answers = [model.generate(**ids, max_new_tokens=8) for _ in range(2)]
+    assert torch.equal(*answers) and answers[0].shape[1] > ids["input_ids"].shape[1]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(directory / "rl" / "model" / "model.safetensors"))
+
+
+def check_same_end(directory: Path, undisturbed: Path) -> None:
+    """Check labels, log and weights, bit for bit, against the run that nobody killed."""
+    assert asked(directory) == asked(undisturbed)
+    keys = [
+        question_key(Question(x.kind, Prompt(x.prompt_id, ()), x.responses, x.answer, repeat=x.repeat))
+        for x in labels_of(directory)
+    ]
+    assert len(set(keys)) == len(keys)
+    lines = [(one / "rl" / "metrics.jsonl").read_text() for one in (directory, undisturbed)]
+    assert lines[0] == lines[1]
+    mine, theirs = weights(directory), weights(undisturbed)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return directory, start(directory, *SIZES)
+
+
+def test_one_command_does_everything(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    directory, done = whole
+    assert done.returncode == 0, done.stderr
+    check_contract(directory, {"sft": 6, "rl": 2})
+    for stage in ("sft", "rl"):
+        check_model(directory / stage / "model")
+    assert not torch.equal(
+        weights(directory)["model.norm.weight"],
+        load_file(directory / "sft/model/model.safetensors")["model.norm.weight"],
+    )
+    shown = done.stdout + done.stderr
+    assert "Accuracy at temperature 0, zero-shot, 9 held-out reasoning prompts" in shown
+    assert f"of {BUDGET} spent" in shown
+
+
+def test_the_same_command_again_does_nothing_again(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    directory, _ = whole
+    summary = json.loads((directory / "summary.json").read_text())
+
+    def times() -> dict[str, int]:
+        paths = [path for stage in STAGES for path in (directory / stage).rglob("*")]
+        return {str(path): path.stat().st_mtime_ns for path in [*paths, directory / "ledger.sqlite"]}
+
+    before = times()
+    again = start(directory, *SIZES)
+    assert again.returncode == 0, again.stderr
+    shown = again.stdout + again.stderr
+    assert [f"stage {stage} is complete already" in shown for stage in STAGES] == [True] * 4
+    assert times() == before
+    assert json.loads((directory / "summary.json").read_text()) == summary
+
+
+def test_dpo_does_everything_too(copied: Callable[[str], Path]) -> None:
+    """The first two stages are the same for both algorithms, and are taken over."""
+    directory = copied("dpo")
+    done = start(directory, *SIZES, "rl=dpo")
+    assert done.returncode == 0, done.stderr
+    check_contract(directory, {"sft": 6, "rl": 2})
+    check_model(directory / "rl" / "model")
+    assert "stage sft is complete already" in done.stdout + done.stderr
+    rows = [json.loads(line) for line in (directory / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert all("pairs" in row for row in rows)
+
+
+def test_a_missing_earlier_stage_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    monkeypatch.setattr(sys, "argv", ["trlhf", *SIZES, "stage=rl", f"run.dir={empty}"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert f"{empty}/sft/model is missing; make it first with: python -m trlhf stage=sft run.dir={empty}" in told
+    assert not (empty / "ledger.sqlite").exists()
+
+
+def test_a_missing_reward_stage_is_named_with_its_command(copied: Callable[[str], Path]) -> None:
+    directory = copied("run")
+    shutil.rmtree(directory / "reward")
+    with pytest.raises(
+        UserError, match=r"reward/reward\.json is missing; make it first with: python -m trlhf stage=reward"
+    ):
+        run(directory, *SIZES, "stage=rl")
+
+
+# ---- labels ----
+
+
+def test_every_answer_is_paid_and_written_down_once(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody but the ledger asks: what the labeller was asked, before and in the rl stage, is what the ledger holds."""
+    directory = copied("run")
+    shutil.rmtree(directory / "reward")
+    (directory / "ledger.sqlite").unlink()
+    questions: list[Question] = []
+    answer = SimulatedPerson.answer
+
+    def counted(self: SimulatedPerson, asked: Sequence[Question]) -> list[str]:
+        questions.extend(asked)
+        return answer(self, asked)
+
+    monkeypatch.setattr(SimulatedPerson, "answer", counted)
+    run(directory, *LONGER, "stage=reward")
+    run(directory, *LONGER, "stage=rl")
+    found = labels_of(directory)
+    assert Counter((q.kind, q.prompt.id, q.answer, q.responses) for q in questions) == Counter(
+        (x.kind, x.prompt_id, x.answer, x.responses) for x in found
+    )
+    keys = [question_key(question) for question in questions]
+    assert len(set(keys)) == len(keys) == len(found) <= BUDGET
+    per_round = Counter(x.round for x in found)
+    assert per_round[0] == 10 and set(per_round) <= {0, 1, 2} and sum(per_round.values()) > 10
+    assert all(x.cost == 1.0 and x.why for x in found)
+
+
+# ---- kills ----
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: nothing catches it, nothing is tidied up."""
+
+
+def killed_in_the_middle_of(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run die at a place of its second round."""
+
+    def after_questions_are_paid(self: SimulatedPerson, asked: Sequence[Question]) -> list[str]:
+        if asked[0].round == 2:
+            raise Killed
+        return answer(self, asked)
+
+    def after_labels_are_bought(stage: StageDirectory, policy: Any, learner: Any, state: checkpoint.Progress) -> None:
+        if state.round == 2:
+            raise Killed
+        save(stage, policy, learner, state)
+
+    def after_a_step_without_checkpoint(self: StageDirectory, step: int, **metrics: Any) -> None:
+        log(self, step, **metrics)
+        if step == 4:
+            raise Killed
+
+    def before_the_model_is_saved(*_: Any) -> None:
+        raise Killed
+
+    answer, save, log = SimulatedPerson.answer, checkpoint.save, StageDirectory.log
+    if place == "labeller":
+        monkeypatch.setattr(SimulatedPerson, "answer", after_questions_are_paid)
+    elif place == "ledger":
+        monkeypatch.setattr(checkpoint, "save", after_labels_are_bought)
+    elif place == "step":
+        monkeypatch.setattr(StageDirectory, "log", after_a_step_without_checkpoint)
+    else:
+        monkeypatch.setattr("trlhf.rl.train.save_policy", before_the_model_is_saved)
+
+
+@pytest.mark.parametrize("place", ["labeller", "ledger", "step", "model"])
+def test_wherever_it_died_the_same_command_ends_the_same(
+    copied: Callable[[str], Path], undisturbed: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    directory = copied("run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_in_the_middle_of(place, patch)
+        run(directory, *LONGER, "stage=rl")
+    assert not RunDirectory(directory).stage("rl").done
+    run(directory, *LONGER, "stage=rl")
+    assert RunDirectory(directory).stage("rl").done
+    check_same_end(directory, undisturbed)
+
+
+@pytest.fixture
+def killed(copied: Callable[[str], Path]) -> Iterator[Path]:
+    """A run that SIGKILL met in the second round of its rl stage."""
+    directory = copied("run")
+    log = directory / "rl" / "metrics.jsonl"
+    with subprocess.Popen(
+        command(directory, *LONGER, "stage=rl"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    yield directory
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(killed: Path, undisturbed: Path) -> None:
+    assert not RunDirectory(killed).stage("rl").done and (killed / "rl" / "checkpoint").exists()
+    done = start(killed, *LONGER, "stage=rl")
+    assert done.returncode == 0, done.stderr
+    check_same_end(killed, undisturbed)
+
+
+# ---- other models, other data ----
+
+
+def test_the_7b_recipe_runs_with_the_embedded_base(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", "experiment=cerebrum-7b", "model=micro", *SIZES)
+    check_contract(tmp_path / "run", {"sft": 6, "rl": 2})
+    check_model(tmp_path / "run" / "rl" / "model")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "experiment: cerebrum-7b" in config and "name: micro" in config
+    assert not (tmp_path / "run" / "sft" / "adapter").exists()  # adapters belong to model=mistral-7b
+    assert summary["accuracy"]["rl"]["n"] == 9
+
+
+def test_adapters_all_the_way(tmp_path: Path) -> None:
+    lora = ["model.lora.enabled=true", "model.lora.r=4", "model.lora.alpha=8"]
+    run(tmp_path / "run", *SIZES, *lora)
+    check_contract(tmp_path / "run", {"sft": 6, "rl": 2})
+    assert (tmp_path / "run" / "sft" / "adapter" / "adapter_model.safetensors").exists()
+    for stage in ("sft", "rl"):
+        check_model(tmp_path / "run" / stage / "model")
+    base = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")
+    changed = {name for name, tensor in weights(tmp_path / "run").items() if not torch.equal(tensor, base[name])}
+    assert changed and all(name.endswith("_proj.weight") for name in changed)  # embeddings and norms have no adapters
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the real GSM8K is not there ({GSM8K}; set TRLHF_SHARED_DATA)")
+def test_a_small_cut_of_the_real_gsm8k(tmp_path: Path) -> None:
+    cut = tmp_path / "gsm8k"
+    cut.mkdir()
+    for name, count in (("train.jsonl", 20), ("test.jsonl", 15), ("example_model_solutions.jsonl", 15)):
+        lines = (GSM8K / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (cut / name).write_text("".join(lines[:count]), encoding="utf-8")
+    sizes = [text for text in SIZES if not text.startswith(("data.", "reward.labels"))]
+    counts = ["data.sft_prompts=8", "data.pool_prompts=12", "data.test_prompts=9", "reward.labels=0"]
+    summary = run(tmp_path / "run", *sizes, "data=gsm8k", f"data.path={cut}", *counts, "rl.unverified_share=1")
+    assert [summary["accuracy"][name]["n"] for name in ("base", "sft", "rl")] == [9, 9, 9]
+    assert list(summary["by_kind"]["rl"]) == ["gsm8k"]
+    held_out = summary["reward"]["held_out"]["verdicts"]
+    assert held_out["auc"] is None or 0 <= held_out["auc"] <= 1
+    assert 0 < held_out["accuracy"]["n"] <= 4 * 6  # four models' solutions to the questions that are not tested on
+    for folder in ("sft", "rl"):
+        check_model(tmp_path / "run" / folder / "model")

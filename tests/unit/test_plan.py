@@ -1,0 +1,116 @@
+"""The plan of a run: sizes that are counted, not guessed, and nothing started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import trlhf
+from trlhf import plan
+from trlhf.compose import compose
+from trlhf.config import Config, LoraConfig, ModelConfig
+from trlhf.models import load_causal_lm, load_policy, model_path
+from trlhf.plan import GIB, MISTRAL_7B, Shape, memory_estimate, shape_of
+
+
+def one(*overrides: str) -> Config:
+    (config,) = compose(overrides).configs
+    return config
+
+
+def test_mistral_7b_has_as_many_weights_as_its_card_says() -> None:
+    assert MISTRAL_7B.parameters == 7_241_732_096
+    assert shape_of(one("experiment=cerebrum-7b").model) == MISTRAL_7B
+
+
+@pytest.mark.parametrize("folder", ["micro", "tiny"])
+def test_weights_are_counted_as_the_model_has_them(folder: str, tiny_model_dir: Path) -> None:
+    config = ModelConfig(name="micro" if folder == "micro" else str(tiny_model_dir))
+    shape = shape_of(config)
+    assert shape is not None
+    assert shape.parameters == sum(p.numel() for p in load_causal_lm(model_path(config.name), config).parameters())
+
+
+def test_adapters_are_counted_layer_by_layer() -> None:
+    lora = ModelConfig(lora=LoraConfig(enabled=True, r=16))
+    assert MISTRAL_7B.adapter_parameters(lora) == 41_943_040
+    query = ModelConfig(lora=LoraConfig(enabled=True, r=8, target_modules=["q_proj"]))
+    assert MISTRAL_7B.adapter_parameters(query) == 32 * 8 * (4096 + 4096)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
+def test_adapters_are_counted_as_peft_makes_them(tiny_model_dir: Path) -> None:
+    config = ModelConfig(name=str(tiny_model_dir), lora=LoraConfig(enabled=True, r=4))
+    policy, _ = load_policy(tiny_model_dir, config, "cpu")
+    shape = shape_of(config)
+    assert shape is not None
+    assert shape.adapter_parameters(config) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+def test_the_shape_of_a_hub_model_that_nobody_knows_is_not_guessed(tmp_path: Path) -> None:
+    assert shape_of(ModelConfig(name="someone/some-model")) is None
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32}))
+    assert shape_of(ModelConfig(name=str(tmp_path))) is None
+    (tmp_path / "config.json").write_text("{")
+    assert shape_of(ModelConfig(name=str(tmp_path))) is None
+
+
+def test_memory_grows_with_what_takes_it() -> None:
+    config = one("experiment=cerebrum-7b")
+    estimate = memory_estimate(config, MISTRAL_7B)
+    assert list(estimate) == ["sft", "reward", "rl", "eval"]
+    weights = MISTRAL_7B.parameters * 2
+    assert estimate["eval"]["weights"] == weights and weights / GIB == pytest.approx(13.49, abs=0.01)
+    full = replace(config, model=replace(config.model, lora=LoraConfig(enabled=False)))
+    assert memory_estimate(full, MISTRAL_7B)["rl"]["gradients and optimizer"] == 16 * MISTRAL_7B.parameters
+    assert memory_estimate(full, MISTRAL_7B)["rl"]["weights"] > estimate["rl"]["weights"]
+    gae = one("experiment=cerebrum-7b", "rl.advantage=gae")
+    assert memory_estimate(gae, MISTRAL_7B)["rl"]["weights"] == estimate["rl"]["weights"] + weights
+    longer = one("experiment=cerebrum-7b", "model.max_length=4096")
+    assert memory_estimate(longer, MISTRAL_7B)["eval"]["KV cache"] == 2 * estimate["eval"]["KV cache"]
+    assert list(memory_estimate(one("stage=rl"), MISTRAL_7B)) == ["rl"]
+
+
+def test_a_dry_run_prints_its_plan_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def started(*_: object) -> None:
+        raise AssertionError("a dry run opened a run directory")
+
+    monkeypatch.setattr("trlhf.pipeline.open_run", started)
+    result = trlhf.run(["experiment=cerebrum-7b", "data=gsm8k", "data.path=openai/gsm8k", "dry_run=true"])
+    assert result.summary == {} and list(tmp_path.iterdir()) == []
+    printed = " ".join((capsys.readouterr().out).split())
+    for part in (
+        "plan (dry_run=true: nothing is started) experiment cerebrum-7b",
+        "stages: sft, reward, rl, eval; seed 0",
+        "model: mistralai/Mistral-7B-v0.1, bfloat16, LoRA r=16",
+        "labels: 500 at most, 128 of them for the reward stage; labeler exact; targeting frontier",
+        "7.242 billion parameters",
+        "lower the stage's microbatch_size",
+    ):
+        assert part in printed, printed
+
+
+def test_a_plan_without_known_sizes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.print_plan(one("model.name=someone/some-model", "stage=sft", "dry_run=true"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "memory: not estimated, the sizes of someone/some-model are not known here" in printed
+    assert "stages: sft; seed 0" in printed
+
+
+def test_the_plan_needs_no_torch() -> None:
+    code = "import sys, trlhf; trlhf.run(['dry_run=true']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ties_count_once() -> None:
+    assert Shape(4, 1, 8, 2, 1, 10, tied=False).parameters - Shape(4, 1, 8, 2, 1, 10, tied=True).parameters == 40
