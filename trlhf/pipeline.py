@@ -58,9 +58,14 @@ def run_pipeline(config: Config) -> RunResult:
 def _prepare_torch(config: Config) -> None:
     import torch
 
+    from trlhf.allocator import keep_freed_memory
+
+    keep_freed_memory()
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic: Any = torch.utils.deterministic  # the setting is not in its stubs
+    deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
 
 
 def _versions() -> dict[str, str]:

@@ -11,11 +11,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 ROOT = Path(trlhf.__file__).parents[1]
 GSM8K = Path(os.environ.get("TRLHF_SHARED_DATA", ROOT.parent / "shared" / "data")) / "gsm8k"
 BUDGET = 20
+RECIPE = ["experiment=cerebrum-7b", "model=micro"]
 SIZES = [
     "data.sft_prompts=48",
     "data.pool_prompts=48",
@@ -56,18 +59,17 @@ SIZES = [
     "targeting.candidates=12",
     f"targeting.budget={BUDGET}",
     "evaluation.max_new_tokens=24",
+    "labeler.noise=0.4",  # so small a policy is never right; a person who errs says so at times: rewards of both kinds
     "hardware.device=cpu",
     "hardware.threads=1",  # bit for bit
 ]
 # Two rounds with a value model: every state that a continued run needs is in play, and steps lie between checkpoints.
-# The tiny policy is never right; a person who errs says so sometimes, so that there are rewards of both kinds.
 LONGER = [
     *SIZES,
     "rl.rounds=2",
     "rl.save_steps=3",
     "rl.advantage=gae",
     "rl.value_warmup_steps=1",
-    "labeler.noise=0.4",
 ]
 
 
@@ -107,11 +109,32 @@ def asked(directory: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose sft and reward stages are complete."""
+def questions() -> Iterator[list[Question]]:
+    """Whatever the simulated person is asked in `prepared` and `undisturbed`."""
+    seen: list[Question] = []
+    yield seen
+
+
+@contextmanager
+def noted(questions: list[Question]) -> Iterator[None]:
+    answer = SimulatedPerson.answer
+
+    def counted(self: SimulatedPerson, asked: Sequence[Question]) -> list[str]:
+        questions.extend(asked)
+        return answer(self, asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedPerson, "answer", counted)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, questions: list[Question]) -> Path:
+    """The 7B recipe's run, with the embedded base; its sft and reward stages are complete."""
     directory = tmp_path_factory.mktemp("prepared") / "run"
-    for stage in ("sft", "reward"):
-        run(directory, *SIZES, f"stage={stage}")
+    with noted(questions):
+        for stage in ("sft", "reward"):
+            run(directory, *RECIPE, *SIZES, f"stage={stage}")
     return directory
 
 
@@ -124,11 +147,12 @@ def copied(prepared: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory, questions: list[Question]) -> Path:
     """The longer run, which nobody killed."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     shutil.copytree(prepared, directory)
-    run(directory, *LONGER, "stage=rl")
+    with noted(questions):
+        run(directory, *LONGER, "stage=rl")
     return directory
 
 
@@ -268,32 +292,18 @@ def test_a_missing_reward_stage_is_named_with_its_command(copied: Callable[[str]
 # ---- labels ----
 
 
-def test_every_answer_is_paid_and_written_down_once(
-    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_answer_is_paid_and_written_down_once(undisturbed: Path, questions: list[Question]) -> None:
     """Nobody but the ledger asks: what the labeller was asked, before and in the rl stage, is what the ledger holds."""
-    directory = copied("run")
-    shutil.rmtree(directory / "reward")
-    (directory / "ledger.sqlite").unlink()
-    questions: list[Question] = []
-    answer = SimulatedPerson.answer
-
-    def counted(self: SimulatedPerson, asked: Sequence[Question]) -> list[str]:
-        questions.extend(asked)
-        return answer(self, asked)
-
-    monkeypatch.setattr(SimulatedPerson, "answer", counted)
-    run(directory, *LONGER, "stage=reward")
-    run(directory, *LONGER, "stage=rl")
-    found = labels_of(directory)
+    found = labels_of(undisturbed)
     assert Counter((q.kind, q.prompt.id, q.answer, q.responses) for q in questions) == Counter(
         (x.kind, x.prompt_id, x.answer, x.responses) for x in found
     )
     keys = [question_key(question) for question in questions]
     assert len(set(keys)) == len(keys) == len(found) <= BUDGET
     per_round = Counter(x.round for x in found)
-    assert per_round[0] == 10 and set(per_round) <= {0, 1, 2} and sum(per_round.values()) > 10
+    assert per_round[0] == 10 and set(per_round) == {0, 1, 2}
     assert all(x.cost == 1.0 and x.why for x in found)
+    assert {x.kind for x in found} == {"verdict", "preference"} and {"right", "wrong"} <= {x.outcome for x in found}
 
 
 # ---- kills ----
@@ -316,34 +326,27 @@ def killed_in_the_middle_of(place: str, monkeypatch: pytest.MonkeyPatch) -> None
             raise Killed
         save(stage, policy, learner, state)
 
-    def after_a_step_without_checkpoint(self: StageDirectory, step: int, **metrics: Any) -> None:
-        log(self, step, **metrics)
-        if step == 4:
-            raise Killed
-
     def before_the_model_is_saved(*_: Any) -> None:
         raise Killed
 
-    answer, save, log = SimulatedPerson.answer, checkpoint.save, StageDirectory.log
+    answer, save = SimulatedPerson.answer, checkpoint.save
     if place == "labeller":
         monkeypatch.setattr(SimulatedPerson, "answer", after_questions_are_paid)
     elif place == "ledger":
         monkeypatch.setattr(checkpoint, "save", after_labels_are_bought)
-    elif place == "step":
-        monkeypatch.setattr(StageDirectory, "log", after_a_step_without_checkpoint)
     else:
         monkeypatch.setattr("trlhf.rl.train.save_policy", before_the_model_is_saved)
 
 
-@pytest.mark.parametrize("place", ["labeller", "ledger", "step", "model"])
-def test_wherever_it_died_the_same_command_ends_the_same(
-    copied: Callable[[str], Path], undisturbed: Path, monkeypatch: pytest.MonkeyPatch, place: str
+def test_wherever_it_dies_the_same_command_ends_the_same(
+    copied: Callable[[str], Path], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = copied("run")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_in_the_middle_of(place, patch)
-        run(directory, *LONGER, "stage=rl")
-    assert not RunDirectory(directory).stage("rl").done
+    for place in ("labeller", "ledger", "model"):  # each death leaves what the next start goes on from
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_in_the_middle_of(place, patch)
+            run(directory, *LONGER, "stage=rl")
+        assert not RunDirectory(directory).stage("rl").done
     run(directory, *LONGER, "stage=rl")
     assert RunDirectory(directory).stage("rl").done
     check_same_end(directory, undisturbed)
@@ -366,22 +369,21 @@ def killed(copied: Callable[[str], Path]) -> Iterator[Path]:
 
 def test_a_killed_run_ends_as_an_undisturbed_one(killed: Path, undisturbed: Path) -> None:
     assert not RunDirectory(killed).stage("rl").done and (killed / "rl" / "checkpoint").exists()
-    done = start(killed, *LONGER, "stage=rl")
-    assert done.returncode == 0, done.stderr
+    run(killed, *LONGER, "stage=rl")
     check_same_end(killed, undisturbed)
 
 
 # ---- other models, other data ----
 
 
-def test_the_7b_recipe_runs_with_the_embedded_base(tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", "experiment=cerebrum-7b", "model=micro", *SIZES)
-    check_contract(tmp_path / "run", {"sft": 6, "rl": 2})
-    check_model(tmp_path / "run" / "rl" / "model")
-    config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "experiment: cerebrum-7b" in config and "name: micro" in config
-    assert not (tmp_path / "run" / "sft" / "adapter").exists()  # adapters belong to model=mistral-7b
-    assert summary["accuracy"]["rl"]["n"] == 9
+def test_the_7b_recipe_runs_with_the_embedded_base(copied: Callable[[str], Path]) -> None:
+    directory = copied("run")
+    run(directory, *RECIPE, *SIZES)
+    check_contract(directory, {"sft": 6, "rl": 2})
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert config["experiment"] == "cerebrum-7b" and config["model"]["name"] == "micro"
+    assert not config["model"]["lora"]["enabled"]  # adapters belong to model=mistral-7b
+    assert not (directory / "sft" / "adapter").exists()
 
 
 def test_adapters_all_the_way(tmp_path: Path) -> None:
@@ -400,16 +402,16 @@ def test_adapters_all_the_way(tmp_path: Path) -> None:
 def test_a_small_cut_of_the_real_gsm8k(tmp_path: Path) -> None:
     cut = tmp_path / "gsm8k"
     cut.mkdir()
-    for name, count in (("train.jsonl", 20), ("test.jsonl", 15), ("example_model_solutions.jsonl", 15)):
+    for name, count in (("train.jsonl", 20), ("test.jsonl", 13), ("example_model_solutions.jsonl", 13)):
         lines = (GSM8K / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (cut / name).write_text("".join(lines[:count]), encoding="utf-8")
-    sizes = [text for text in SIZES if not text.startswith(("data.", "reward.labels"))]
+    sizes = [text for text in SIZES if not text.startswith(("data.", "labeler.", "reward.labels"))]
     counts = ["data.sft_prompts=8", "data.pool_prompts=12", "data.test_prompts=9", "reward.labels=0"]
     summary = run(tmp_path / "run", *sizes, "data=gsm8k", f"data.path={cut}", *counts, "rl.unverified_share=1")
     assert [summary["accuracy"][name]["n"] for name in ("base", "sft", "rl")] == [9, 9, 9]
     assert list(summary["by_kind"]["rl"]) == ["gsm8k"]
     held_out = summary["reward"]["held_out"]["verdicts"]
     assert held_out["auc"] is None or 0 <= held_out["auc"] <= 1
-    assert 0 < held_out["accuracy"]["n"] <= 4 * 6  # four models' solutions to the questions that are not tested on
+    assert 0 < held_out["accuracy"]["n"] < 4 * 4  # four models' solutions to the questions that are not tested on
     for folder in ("sft", "rl"):
         check_model(tmp_path / "run" / folder / "model")

@@ -113,10 +113,10 @@ def test_pretraining_text_holds_no_chat_no_plan_and_no_answered_question() -> No
 
 
 def test_pretraining_runs_and_saves_a_loadable_base(tmp_path: Path) -> None:
-    from trlhf.micro.pretrain import pretrain
+    from trlhf.micro.pretrain import FIRST_WEIGHTS, Phase, pretrain
     from trlhf.models import load_tokenizer
 
-    pretrain(tmp_path / "base", steps=2, rows=2, learning_rate=1e-3)
+    pretrain(tmp_path / "base", [Phase(FIRST_WEIGHTS, 2, 1e-3)], rows=2)
     tokenizer = load_tokenizer(tmp_path / "base")
     digits = tokenizer.convert_ids_to_tokens(tokenizer(" 42")["input_ids"])
     assert digits[-2:] == ["4", "2"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from trlhf.config import HardwareConfig, LoraConfig, ModelConfig, build_config
@@ -121,14 +121,18 @@ def test_unreadable_weights_are_a_users_error(tiny_model_dir: Path, tmp_path: Pa
 
 
 def sentencepiece_like(scheme: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that marks the start of words with ▁, as Mistral's does: a text's first word depends on its place."""
+    """A tokenizer that marks the start of words with ▁; ``mistral`` is how Mistral-7B-v0.1 puts one before any text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    as_metaspace = "always" if scheme == "mistral" else scheme
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=as_metaspace)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=as_metaspace)
     marks = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=marks, show_progress=False)
     texts = [load_template("cerebrum"), "User: what is 2 plus 3?\nAI: Plan: add. 2 + 3 = 5.\nThe answer is 5."]
     tokenizer.train_from_iterator(texts * 20, trainer)
+    if scheme == "mistral":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
@@ -137,10 +141,10 @@ def sentencepiece_like(scheme: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "first", "always", "never", "micro"])
+@pytest.mark.parametrize("kind", ["byte-level", "mistral", "first", "always", "never", "micro"])
 @pytest.mark.parametrize("text", ["The answer is 5.", "Plan: add.\n2 + 3 = 5.\nThe answer is 5.", "  5 ", "is: 2"])
 def test_prompt_and_response_are_the_whole_chat(tiny_model_dir: Path, kind: str, text: str) -> None:
-    if kind in ("first", "always", "never"):
+    if kind in ("mistral", "first", "always", "never"):
         tokenizer: Any = sentencepiece_like(kind)
         assert any(token.startswith("▁") for token in tokenizer.get_vocab())
     else:

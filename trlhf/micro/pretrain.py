@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from trlhf.allocator import keep_freed_memory
 from trlhf.micro import plain
 from trlhf.micro.reasoning import FAMILIES, Step
 from trlhf.micro.world import generate, split_of
@@ -111,11 +115,43 @@ def verse(rng: random.Random) -> str:
     return " ".join(plain.line_reply(rng, topic) for _ in range(rng.randint(1, 3)))
 
 
-def documents(rng: random.Random) -> Iterator[str]:
+def notes(rng: random.Random) -> str:
+    """Return a story and the numbers that stand in it, in one of several orders: practice in reading and copying."""
+    problem = rng.choice(FAMILIES)(rng)
+    numbers = re.findall(r"\d+", problem.story)
+    kind = rng.choice(("Numbers:", "Backwards:", "The second number is", "The last and the first:"))
+    if kind == "Backwards:":
+        numbers.reverse()
+    elif kind == "The second number is":
+        numbers = numbers[1:2]
+    elif kind == "The last and the first:":
+        numbers = [numbers[-1], numbers[0]]
+    return f"{problem.story} {kind} {', '.join(numbers)}."
+
+
+MAKERS = (equations, recipe, story, fact, enumeration, verse, notes)
+FIRST_WEIGHTS = (30, 15, 35, 8, 6, 6, 0)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of pretraining: share of each maker in ``MAKERS``, steps, and the peak of a learning rate that falls to 0."""
+
+    weights: tuple[int, ...]
+    steps: int
+    learning_rate: float
+
+
+PHASES = (
+    Phase(FIRST_WEIGHTS, 7000, 3e-3),
+    Phase((15, 15, 30, 6, 4, 4, 26), 2000, 1.5e-3),  # copying comes last: it forms late, and is then not lost again
+)
+
+
+def documents(rng: random.Random, weights: Sequence[int] = FIRST_WEIGHTS) -> Iterator[str]:
     """Yield documents of the corpus for ever."""
-    makers, weights = (equations, recipe, story, fact, enumeration, verse), (30, 15, 35, 8, 6, 6)
     while True:
-        yield rng.choices(makers, weights)[0](rng)
+        yield rng.choices(MAKERS, weights)[0](rng)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -169,9 +205,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rows: int, rng: random.Random) -> Iterator[torch.Tensor]:
+def batches(
+    tokenizer: PreTrainedTokenizerBase, rows: int, rng: random.Random, weights: Sequence[int] = FIRST_WEIGHTS
+) -> Iterator[torch.Tensor]:
     """Yield token batches [rows, SEQUENCE] of documents laid end to end, ``<s> text </s>``."""
-    source = documents(rng)
+    source = documents(rng, weights)
     stream: list[int] = []
     while True:
         while len(stream) < rows * SEQUENCE:
@@ -182,22 +220,35 @@ def batches(tokenizer: PreTrainedTokenizerFast, rows: int, rng: random.Random) -
         stream = stream[rows * SEQUENCE :]
 
 
-def pretrain(output: Path, steps: int, rows: int, learning_rate: float) -> None:
-    """Train the base for a number of steps and save it in bfloat16."""
+def pretrain(output: Path, phases: Sequence[Phase] = PHASES, rows: int = 16, start: Path | None = None) -> None:
+    """Train the base phase by phase and save it in bfloat16.
+
+    Args:
+        output: folder for model and tokenizer.
+        phases: what to train on, for how long.
+        rows: sequences of ``SEQUENCE`` tokens a step.
+        start: folder of a base to go on from; None: a new one.
+    """
     torch.manual_seed(0)
-    rng = random.Random("pretrain")
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model(tokenizer) if start is None else MistralForCausalLM.from_pretrained(start, dtype=torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, {steps} steps of {rows * SEQUENCE} tokens")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = max(1, min(100, steps // 10))
+    print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, {rows * SEQUENCE} tokens a step")
+    model.train()
+    for number, phase in enumerate(phases, 1):
+        print(f"phase {number} of {len(phases)}: {phase.steps} steps")
+        _train(model, batches(tokenizer, rows, random.Random(f"pretrain {phase}"), phase.weights), phase)
+        _save(model, tokenizer, output)
+
+
+def _train(model: MistralForCausalLM, source: Iterator[torch.Tensor], phase: Phase) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup, steps = max(1, min(100, phase.steps // 10)), phase.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / (steps - warmup)))
     )
-    model.train()
-    start = time.time()
-    for step, batch in enumerate(batches(tokenizer, rows, rng), 1):
+    begun, tokens = time.time(), 0
+    for step, batch in enumerate(islice(source, steps), 1):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         optimizer.zero_grad()
@@ -205,13 +256,10 @@ def pretrain(output: Path, steps: int, rows: int, learning_rate: float) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        tokens += batch.numel()
         if step % 100 == 0 or step == steps:
-            speed = step * rows * SEQUENCE / (time.time() - start)
+            speed = tokens / (time.time() - begun)
             print(f"step {step}/{steps} loss {loss.item():.4f} {speed:,.0f} tokens/s", flush=True)
-        if step % 1000 == 0 or step == steps:
-            _save(model, tokenizer, output)
-        if step == steps:
-            return
 
 
 def _save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
@@ -227,12 +275,12 @@ def _save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, output:
 def main() -> None:
     """Parse the command line and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=MICRO_BASE)
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--output", type=Path, default=MICRO_BASE, help="folder to write (default: the embedded base)")
+    parser.add_argument("--start", type=Path, help="go on from this base, with the last phase only")
     arguments = parser.parse_args()
-    pretrain(arguments.output, arguments.steps, arguments.rows, arguments.learning_rate)
+    keep_freed_memory()
+    phases = PHASES if arguments.start is None else PHASES[-1:]
+    pretrain(arguments.output, phases, start=arguments.start)
 
 
 if __name__ == "__main__":
