@@ -59,7 +59,7 @@ def calibrate(model: RewardModel, labelled: Sequence[LabelledResponse], pairs: S
     """Fit both temperatures on labels that ``model`` was not trained on, and store them in it.
 
     Returns:
-        A sentence for each temperature that had to stay 1.
+        A sentence for each temperature that had to stay 1 although there are labels of its kind.
     """
     margins = raw_margins(model, labelled, pairs)
     notes: list[str] = []
@@ -69,6 +69,8 @@ def calibrate(model: RewardModel, labelled: Sequence[LabelledResponse], pairs: S
         ("preference", margins.preferences, margins.preferred),
     ):
         temperatures[kind] = 1.0
+        if not len(values):
+            continue
         if len(values) < MIN_LABELS:
             notes.append(f"{kind} temperature left at 1: {len(values)} held-out labels, {MIN_LABELS} are needed")
         elif kind == "verdict" and len(set(targets.tolist())) == 1:

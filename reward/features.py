@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from trlhf.errors import UserError
 from trlhf.models import encode_prompt, encode_response
 from trlhf.types import Prompt
+
+BATCH_TOKENS = 8192  # padding included; a CPU is fastest with batches that fit its caches
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,27 @@ class Pooled:
     def __getitem__(self, rows: Tensor) -> Pooled:
         """Return the given rows."""
         return Pooled(self.response[rows], self.prompt[rows])
+
+
+class FeatureStore:
+    """Pooled features of samples that were seen before; true only as long as the backbone does not change."""
+
+    def __init__(self, known: FeatureStore | None = None) -> None:
+        self._rows: dict[Sample, Pooled] = {} if known is None else dict(known._rows)
+
+    def __len__(self) -> int:
+        """Return how many samples are known."""
+        return len(self._rows)
+
+    def lookup(self, samples: Sequence[Sample], compute: Callable[[Sequence[Sample]], Pooled]) -> Pooled:
+        """Return the features of some samples, and compute only those that are not known yet, in one call."""
+        new = list(dict.fromkeys(sample for sample in samples if sample not in self._rows))
+        if new:
+            computed = compute(new)
+            rows = zip(computed.response.unbind(), computed.prompt.unbind(), strict=True)
+            self._rows |= {sample: Pooled(*row) for sample, row in zip(new, rows, strict=True)}
+        found = [self._rows[sample] for sample in samples]
+        return Pooled(torch.stack([row.response for row in found]), torch.stack([row.prompt for row in found]))
 
 
 def encode(
@@ -136,10 +159,19 @@ def pool_all(
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
     parts = []
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = [samples[i] for i in order[start : start + batch_size]]
-            part = pooled_batch(collate(chosen, pad_id, device))
+        for rows in _batches([len(samples[i].ids) for i in order], batch_size):
+            part = pooled_batch(collate([samples[i] for i in order[rows]], pad_id, device))
             parts.append(Pooled(part.response.cpu(), part.prompt.cpu()))
     response = torch.cat([part.response for part in parts])
     prompt = torch.cat([part.prompt for part in parts])
     return Pooled(response, prompt)[torch.tensor(order).argsort()]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[slice]:
+    """Cut rising lengths into batches of at most ``batch_size`` rows and, padded, at most `BATCH_TOKENS` tokens."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        full = end - start == batch_size or end == len(lengths) or (end + 1 - start) * lengths[end] > BATCH_TOKENS
+        if full:
+            yield slice(start, end)
+            start = end

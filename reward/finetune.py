@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trlhf.config import LoraConfig
-from trlhf.reward.features import Pooled, Sample, collate
+from trlhf.reward.features import FeatureStore, Pooled, Sample, collate
 from trlhf.reward.model import RewardModel
 from trlhf.reward.table import LabelTable
 from trlhf.seeding import derive_seed, torch_generator
@@ -84,6 +84,7 @@ def finetune(model: RewardModel, data: Data, settings: FitSettings, log: Log | N
         The epoch that was kept; 0 is the frozen fit.
     """
     training, validation = _split(data, settings.seed)
+    kept, model.features = model.features, None  # they are about to change
     adapted = _attach(model, settings)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer, schedule = _optimizer(parameters, settings, len(training.table))
@@ -109,6 +110,7 @@ def finetune(model: RewardModel, data: Data, settings: FitSettings, log: Log | N
         for name, value in parameters.items():
             value.copy_(best[name])
     _detach(model, adapted)
+    model.features = None if kept is None else FeatureStore()
     return best_epoch
 
 

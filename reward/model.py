@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from trlhf import files
 from trlhf.config import ModelConfig
 from trlhf.errors import UserError
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
-from trlhf.reward.features import Batch, Pooled, Sample, encode, pool, pool_all
+from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.types import Prompt, Score
 
@@ -74,6 +75,7 @@ class RewardModel(nn.Module):
         self.max_length = max_length
         self.calibration = Calibration()
         self.fitted: dict[str, float] = {}  # what the last fit chose; not saved
+        self.features: FeatureStore | None = None  # see keep_features
         self.eval()
 
     @classmethod
@@ -133,7 +135,20 @@ class RewardModel(nn.Module):
 
     def pool_samples(self, samples: Sequence[Sample], batch_size: int = 64) -> Pooled:
         """Pool any number of samples, in batches of like length, without gradients, on the CPU."""
-        return pool_all(self.pooled, samples, int(self.tokenizer.pad_token_id), batch_size, self.device)
+
+        def compute(new: Sequence[Sample]) -> Pooled:
+            return pool_all(self.pooled, new, int(self.tokenizer.pad_token_id), batch_size, self.device)
+
+        return compute(samples) if self.features is None else self.features.lookup(samples, compute)
+
+    @contextmanager
+    def keep_features(self, known: FeatureStore | None = None) -> Iterator[None]:
+        """Run the backbone once on each sample while the block runs, and remember: in ``known``, if that is given."""
+        self.features = FeatureStore() if known is None else known
+        try:
+            yield
+        finally:
+            self.features = None
 
     @torch.no_grad()
     def logits(self, prompts: Sequence[Prompt], responses: Sequence[str], batch_size: int = 64) -> Float[Tensor, "B K"]:

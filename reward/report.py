@@ -59,6 +59,31 @@ def assess(
     }
 
 
+def summarise(report: Report) -> list[str]:
+    """Say in a few lines what the report of a reward stage says."""
+    train, held, measured = report["labels"]["train"], report["labels"]["held_out"], report["held_out"]
+    lines = [
+        f"reward model: {train['verdicts']} verdicts ({train['right']} right) and {train['preferences']} preferences "
+        f"on {train['prompts']} prompts; held out: {held['verdicts']} and {held['preferences']} on {held['prompts']}"
+    ]
+    verdicts, preferences = measured["verdicts"], measured["preferences"]
+    if verdicts is not None:
+        overall, within = _number(verdicts["auc"]), _number(verdicts["auc_within_prompts"])
+        accuracy = _share(verdicts["accuracy"])
+        lines.append(f"  held-out verdicts: AUC {overall}, within prompts {within}, accuracy {accuracy}")
+    if preferences is not None:
+        lines.append(f"  held-out preferences: accuracy {_share(preferences['accuracy'])}")
+    return [*lines, *(f"  {note}" for note in report["notes"])]
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _share(accuracy: Report) -> str:
+    return f"{accuracy['value']:.0%} [{accuracy['low']:.0%}, {accuracy['high']:.0%}] of {accuracy['n']}"
+
+
 def _verdicts(
     model: RewardModel, margins: RawMargins, labelled: Sequence[LabelledResponse], confidence: float
 ) -> Report | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,26 @@ def split_by_prompt(labels: Labels, share: float, seed: int) -> tuple[Labels, La
     keys = {prompt_key(prompt) for prompt, group in zip(prompts, groups, strict=True) if group in chosen}
     training = labels.keep(lambda label: prompt_key(label.prompt) not in keys)
     return training, labels.keep(lambda label: prompt_key(label.prompt) in keys)
+
+
+def at_most(labels: Labels, count: int, seed: int) -> Labels:
+    """Return no more than ``count`` labels, all those of prompts drawn at random; 0 returns them all."""
+    if not count or len(labels) <= count:
+        return labels
+    groups = group_numbers(prompts_of(labels.responses, labels.pairs))
+    sizes = Counter(groups)
+    taken: set[int] = set()
+    total = 0
+    for group in torch.randperm(len(sizes), generator=torch_generator(seed, "reward", "at most")).tolist():
+        total += sizes[group]
+        if taken and total > count:
+            break
+        taken.add(group)
+    verdicts = len(labels.responses)
+    return Labels(
+        [label for label, group in zip(labels.responses, groups[:verdicts], strict=True) if group in taken],
+        [label for label, group in zip(labels.pairs, groups[verdicts:], strict=True) if group in taken],
+    )
 
 
 def check_apart(training: Labels, held_out: Labels) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,14 +16,16 @@ from trlhf.console import progress
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
 from trlhf.reward.calibration import calibrate
+from trlhf.reward.finetune import FitSettings
 from trlhf.reward.fit import fit, fit_settings
 from trlhf.reward.model import RewardModel, reference_scale
-from trlhf.reward.report import assess, describe_labels
+from trlhf.reward.report import assess, describe_labels, summarise
 from trlhf.reward.split import Label, Labels, check_apart, split_by_prompt
 from trlhf.reward.table import tabulate
 from trlhf.run import StageDirectory
 from trlhf.types import Prompt
 
+logger = logging.getLogger("trlhf")
 RELOAD_TOLERANCE = 1e-5  # of a score, in logits
 COMPARED = 64  # responses
 
@@ -64,26 +67,22 @@ def train_reward(
         seed=config.seed,
     ).to(_device(config))
     given = Labels(labelled, pairs)
-    training = _usable(model, given)
+    training = usable(model, given)
     if held_out is None:
         training, held = split_by_prompt(training, config.reward.holdout, config.seed)
         too_long = len(given) - len(training) - len(held)
     else:
-        held = _usable(model, held_out)
+        held = usable(model, held_out)
         check_apart(training, held)
         too_long = len(given) + len(held_out) - len(training) - len(held)
     stage.rewind(-1)
-    epochs = 0 if settings.finetune == "frozen" else math.ceil(settings.epochs)
-    with progress("reward model: heads, then epochs of the backbone", 1 + epochs) as advance:
-
-        def log(step: int, metrics: Mapping[str, float]) -> None:
-            stage.log(step, **metrics)
-            if step == 0 or "validation_loss" in metrics:
-                advance(1)
-
-        fit(model, training.responses, training.pairs, settings, log)
-    notes = [*_warnings(training, too_long), *calibrate(model, held.responses, held.pairs)]
-    _set_scales(model, Labels([*training.responses, *held.responses], [*training.pairs, *held.pairs]))
+    everything = Labels([*training.responses, *held.responses], [*training.pairs, *held.pairs])
+    with model.keep_features():
+        _fit(model, training, settings, stage)
+        notes = [*_warnings(training, too_long), *calibrate(model, held.responses, held.pairs)]
+        _set_scales(model, everything)
+        measured = assess(model, held.responses, held.pairs, config.evaluation.confidence)
+        stage.write_jsonl("samples.jsonl", _sample_rows(model, held))
     report = {
         "labels": {
             "train": describe_labels(training.responses, training.pairs),
@@ -91,13 +90,14 @@ def train_reward(
             "too_long": too_long,
         },
         "fit": {"finetune": settings.finetune, "heads": model.heads.heads, **model.fitted},
-        "held_out": assess(model, held.responses, held.pairs, config.evaluation.confidence),
+        "held_out": measured,
         "notes": notes,
     }
     model.save(stage.path)
-    check_saved(model, stage.path, config, [*training.responses, *held.responses], [*training.pairs, *held.pairs])
-    stage.write_jsonl("samples.jsonl", _sample_rows(model, held))
+    check_saved(model, stage.path, config, everything.responses, everything.pairs)
     stage.complete(report)
+    for line in summarise(report):
+        logger.info(line)
     return report
 
 
@@ -124,8 +124,12 @@ def check_saved(
         )
 
 
-def _usable(model: RewardModel, labels: Labels) -> Labels:
-    """Return the labels whose responses fit into the context with their prompt."""
+def usable(model: RewardModel, labels: Labels) -> Labels:
+    """Return the labels whose responses fit into the context with their prompt.
+
+    Raises:
+        UserError: there are labels, and none of them does.
+    """
 
     def fits(label: Label) -> bool:
         texts = [label.response] if isinstance(label, LabelledResponse) else [label.first, label.second]
@@ -138,6 +142,18 @@ def _usable(model: RewardModel, labels: Labels) -> Labels:
             f"model.max_length={model.max_length} tokens with its prompt; raise it"
         )
     return kept
+
+
+def _fit(model: RewardModel, training: Labels, settings: FitSettings, stage: StageDirectory) -> None:
+    epochs = 0 if settings.finetune == "frozen" else math.ceil(settings.epochs)
+    with progress("reward model: heads, then epochs of the backbone", 1 + epochs) as advance:
+
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            stage.log(step, **metrics)
+            if step == 0 or "validation_loss" in metrics:
+                advance(1)
+
+        fit(model, training.responses, training.pairs, settings, log)
 
 
 def _warnings(training: Labels, too_long: int) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trlhf.checks import SOLUTIONS
 from trlhf.data import LabelledResponse, prompts_from_rows
 from trlhf.errors import UserError
 from trlhf.rows import Row, read_rows
@@ -16,7 +17,6 @@ from trlhf.sft.formats import demonstrations_from_rows
 from trlhf.types import Demonstration, Prompt, RowReport
 
 KIND = "gsm8k"
-SOLUTIONS = "example_model_solutions.jsonl"
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class StageCallback(TrainerCallback):
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
+    @property
+    def begun(self) -> bool:
+        """Whether everything was loaded and training has begun."""
+        return self._advance is not None
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the progress bar, at the step where training goes on."""
         self._advance = self._open.enter_context(progress("sft steps", state.max_steps))

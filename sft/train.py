@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
         stage.rewind(start[1] if start else 0)
         if start:
             _log.info("sft: going on from step %d (%s)", start[1], start[0])
-        _train(trainer, start[0] if start else None, stage.path)
+        _train(trainer, start[0] if start else None, stage.path, callback)
     _save(trainer.model, tokenizer, config, stage)
 
     metrics: dict[str, Any] = {
@@ -197,13 +198,21 @@ def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     return model
 
 
-def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path) -> None:
+def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback: StageCallback) -> None:
     try:
         with files.writing(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, torch and json each raise kinds of their own
         if "PytorchStreamWriter" in str(error):  # torch's own word for a file that could not be written
             raise UserError(f"{folder}: a checkpoint cannot be written: {files.FULL}") from error
+        if checkpoint is not None and (not callback.begun or isinstance(error, pickle.UnpicklingError)):
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            raise UserError(
+                f"{checkpoint}: this checkpoint cannot be read ({reason}); delete the folder {checkpoint} and run the "
+                "same command again"
+            ) from error
         raise
 
 

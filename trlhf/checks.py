@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from trlhf.schema import Problem, show
 
 if TYPE_CHECKING:
-    from trlhf.config import Config
+    from trlhf.config import Config, DataConfig
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
 
 
@@ -136,21 +137,29 @@ def _data(config: Config) -> Iterator[Problem]:
             )
 
 
+def labels_come_with(data: DataConfig) -> bool:
+    """Say whether a run's data bring labels of their own."""
+    return data.labels is not None or (
+        data.name == "gsm8k" and data.path is not None and (Path(data.path).expanduser() / SOLUTIONS).is_file()
+    )
+
+
 def _labels(config: Config) -> Iterator[Problem]:
     labeler, reward, targeting = config.labeler, config.reward, config.targeting
-    if reward.labels > targeting.budget:
+    free = labels_come_with(config.data)  # then the reward stage buys none
+    if reward.labels > targeting.budget and not free:
         yield Problem(
             ("reward.labels", "targeting.budget"),
             f"reward.labels={reward.labels} must not exceed targeting.budget={targeting.budget}, which is for the "
             f"whole run; lower reward.labels (a quarter would be {max(1, targeting.budget // 4)}) or raise "
             "targeting.budget",
         )
-    free = config.data.labels is not None or config.data.name == "gsm8k"  # which comes with labelled solutions
     if reward.labels == 0 and not free:
+        where = "data.labels names none" if config.data.name != "gsm8k" else f"data.path has no {SOLUTIONS}"
         yield Problem(
             ("reward.labels", "data.labels"),
-            "reward.labels=0 buys no labels and data.labels names none, but the reward model needs some; "
-            "raise reward.labels or give data.labels=FILE",
+            f"reward.labels=0 buys no labels and {where}, but the reward model needs some; raise reward.labels"
+            + (" or give data.labels=FILE" if config.data.name != "gsm8k" else f" or add {SOLUTIONS}"),
         )
     if labeler.name == "simulated" and config.data.name != "micro":
         yield Problem(

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trlhf.config import Config, build_config, plain
 from trlhf.errors import ConfigError, UserError
+from trlhf.schema import show
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 CHECKED_AT_MOST = 100  # combinations of a sweep; each job checks its own again
@@ -128,17 +129,19 @@ def _group_texts(override: Override, known: list[str], problems: list[str]) -> I
         yield override.input_line or ""
         return
     for value in override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]:
-        if value is None or (isinstance(value, str) and value in known):
-            yield f"{override.get_key_element().lstrip('+')}={'null' if value is None else value}"
+        if isinstance(value, str) and value in known:
+            yield f"{override.get_key_element().lstrip('+')}={value}"
             continue
         near = difflib.get_close_matches(str(value), known, n=1)
-        if near:
+        if value is None:
+            remedy = f"choose one, or write ~{group} to do without"
+        elif near:
             remedy = f"did you mean {near[0]}?"
         elif group in ("model", "template"):
             remedy = f"choose one, or give a name or path of your own as {group}.name={value}"
         else:
             remedy = f"choose one; the values in the group are set as {group}.KEY=VALUE"
-        problems.append(f"{group}={value} must be one of {', '.join(known)}; {remedy}")
+        problems.append(f"{group}={show(value)} must be one of {', '.join(known)}; {remedy}")
 
 
 def _value_texts(override: Override) -> Iterator[str]:

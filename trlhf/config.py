@@ -58,7 +58,7 @@ class DataConfig:
     pool: str | None = None  # file: prompts to sample from in the reward and rl stages
     test: str | None = None  # file: held-out prompts with answers
     labels: str | None = None  # file: labels that exist already, free of charge
-    sft_prompts: int = setting(500, low=0)  # at most so many demonstrations; 0: all
+    sft_prompts: int = setting(800, low=0)  # at most so many demonstrations; 0: all
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
 
@@ -91,7 +91,8 @@ class SftConfig:
 class RewardConfig:
     """Stage 2: a reward model with uncertainty, from a small labelled set."""
 
-    labels: int = setting(80, low=0)  # that this stage may buy; 0 where labels come with the data
+    labels: int = setting(80, low=0)  # that this stage may buy; it buys none where labels come with the data
+    max_labelled: int = setting(0, low=0)  # labels that come with the data, used at most: whole prompts; 0: all
     samples_per_prompt: int = setting(8, low=2, remedy="one response alone cannot be compared")
     heads: int = setting(10, low=1)  # ensemble size (Osband et al., https://arxiv.org/abs/1806.03335)
     finetune: Literal["frozen", "lora", "full"] = "frozen"  # what of the SFT backbone is trained

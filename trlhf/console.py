@@ -111,11 +111,11 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         yield from _lines(description, total)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; all columns but the first are aligned to the right."""
-    table = Table(title=title, title_justify="left")
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
+    """Print a table; all columns but the first are aligned to the right, and cells wrap where it is too narrow."""
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     CONSOLE.print(table)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trlhf.config import Config
 
-# Keys (or whole groups) that a stage's result depends on; later stages' keys, the hardware and the folder are free.
-_SAMPLING = ("seed", "model", "data.name", "data.path", "data.pool", "data.pool_prompts", "template")
+# Keys (or whole groups) that the result of each stage, in order, depends on.
+_SAMPLING = ("seed", "model", "data.name", "data.path", "data.pool", "data.pool_prompts", "data.labels", "template")
+_BASE = ("model.name", "model.revision", "data.name", "data.path", "template")
+_EVAL_MODEL = ("model.dtype", "model.max_length", "model.pad_token")
 RELEVANT = {
     "sft": ("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "template", "sft"),
-    "reward": (*_SAMPLING, "data.labels", "reward", "labeler"),
+    "reward": (
+        *(*_SAMPLING, "reward", "labeler"),
+        *("rl.temperature", "rl.max_new_tokens", "targeting.preference_share"),  # how it samples, and what it buys
+    ),
     "rl": (*_SAMPLING, "rl", "targeting", "labeler"),
-    "eval": ("model", "data.name", "data.path", "data.test", "data.test_prompts", "template", "evaluation"),
+    "eval": ("seed", *_BASE, *_EVAL_MODEL, "data.test", "data.test_prompts", "evaluation"),
 }
+# One draw splits GSM8K, so that no part shares a question with another: every stage depends on all of its counts.
+ONE_DRAW = {"gsm8k": ("seed", "data.sft_prompts", "data.pool_prompts", "data.test_prompts")}
+# How much is done at a time, and how often the state is saved: free to change, after running out of memory, say.
+FREE = (
+    *("sft.microbatch_size", "reward.microbatch_size", "rl.microbatch_size", "evaluation.batch_size"),
+    *("sft.save_steps", "rl.save_steps"),
+)
 
 
 def fingerprint(config: Config) -> str:
@@ -29,18 +41,41 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return ``key was …, now …`` for every value that matters to a stage and is no longer the same."""
+def differences(stage: str, running: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return ``key was …, now …`` for every value that keeps a stage's results from going with what is to be run.
+
+    An earlier stage's results must be what this configuration would make; a later one's must rest on the same earlier
+    ones. ``eval`` needs of the models that it compares no more than that they come from one base and one source of
+    questions, and no other stage rests on it.
+
+    Args:
+        stage: whose results are there.
+        running: the stages that are to be run.
+        old: the configuration that the results were made with.
+        new: the configuration now.
+    """
     was, now = dict(_flat(old)), dict(_flat(new))
+    keys = {key for name in running for key in _shared(stage, name)}
+    if keys:
+        keys.update(ONE_DRAW.get(str(was.get("data.name")), ()))
     return [
         f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())
-        if _relevant(key, stage) and was.get(key) != now.get(key)
+        if key not in FREE and _within(key, keys) and was.get(key) != now.get(key)
     ]
 
 
-def _relevant(key: str, stage: str) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in RELEVANT[stage])
+def _shared(stage: str, running: str) -> tuple[str, ...]:
+    """Return the keys in which the results of one stage must agree with the run of another (or the same)."""
+    if stage == running:
+        return RELEVANT[stage]
+    if "eval" in (stage, running):
+        return _BASE if running == "eval" else ()
+    return RELEVANT[min(stage, running, key=list(RELEVANT).index)]
+
+
+def _within(key: str, prefixes: Iterable[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trlhf import files
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.knowledge import Knowledge
-from trlhf.types import Label, Prompt, Rollout
+from trlhf.ledger_store import question_row, read_question
+from trlhf.run import StageDirectory
+from trlhf.types import Label, Prompt, Question, Rollout
 
 _PREFERENCE = {"A": 1.0, "B": 0.0, "tie": 0.5}
+
+
+def settle_questions(stage: StageDirectory, name: str, choose: Callable[[], list[Question]]) -> list[Question]:
+    """Return the questions that an earlier start had settled on; else choose them, and write them down first.
+
+    Sampling once more after a kill may differ in the last bit (another number of threads, a GPU), and so choose others;
+    then labels would be paid that nobody uses.
+
+    Args:
+        stage: whose questions they are.
+        name: file in its folder.
+        choose: makes the questions; what they rest on must be on disk when it returns.
+    """
+    path = stage.path / name
+    if path.exists():
+        return [read_question(row) for row in files.read_jsonl(path)]
+    questions = choose()
+    stage.write_jsonl(name, [question_row(question) for question in questions])
+    return questions
 
 
 class Archive:

@@ -112,11 +112,11 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     differently on its own, so it is tokenized behind the colon that prompts end in.
     """
     colon: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
-    ids: list[int] = tokenizer(": " + text.strip(), add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(": " + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     if ids[: len(colon)] == colon:
         ids = ids[len(colon) :]
     else:  # the colon merged with what follows it
-        ids = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(" " + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     return [*ids, int(tokenizer.eos_token_id)]
 
 

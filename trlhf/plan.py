@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from trlhf.checks import labels_come_with
 from trlhf.config import Config, ModelConfig
 from trlhf.console import CONSOLE, print_table
 from trlhf.run import planned
@@ -131,7 +132,7 @@ def print_plan(config: Config) -> None:
         + f", context {config.model.max_length} tokens, template {config.template.name}",
         f"data: {config.data.name}; at most {config.data.sft_prompts or 'all'} demonstrations, "
         f"{config.data.pool_prompts or 'all'} pool prompts, {config.data.test_prompts or 'all'} test prompts",
-        f"labels: {config.targeting.budget} at most, {config.reward.labels} of them for the reward stage; "
+        f"labels: {config.targeting.budget} at most, {_labels_of_the_reward_stage(config)}; "
         f"labeler {config.labeler.name}; targeting {config.targeting.strategy}",
         f"rl: {rl.algorithm}, {rl.rounds} rounds of {rl.steps_per_round} steps, "
         f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step",
@@ -157,6 +158,13 @@ def print_plan(config: Config) -> None:
         "or model.lora.enabled=true",
         highlight=False,
     )
+
+
+def _labels_of_the_reward_stage(config: Config) -> str:
+    if not labels_come_with(config.data):
+        return f"{config.reward.labels} of them for the reward stage"
+    some = f" ({config.reward.max_labelled} at most)" if config.reward.max_labelled else ""
+    return f"none of them for the reward stage, which takes those that come with the data{some}"
 
 
 def _named(config: Config) -> str:

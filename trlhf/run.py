@@ -1,13 +1,12 @@
-"""The run directory: artifacts, metrics, completion markers, the lock, and what a second start may continue."""
+"""The run directory: artifacts, metrics, completion markers, time, and the lock."""
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
-import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,19 +15,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from trlhf import files
 from trlhf.errors import UserError
-from trlhf.fingerprint import differences, fingerprint
 
 if TYPE_CHECKING:
     from trlhf.config import Config
 
 STAGES = ("sft", "reward", "rl", "eval")
 MARKER = "done"
+BEGUN = "begun"
 LOCK = ".lock"
-ROOT = Path("runs")
-logger = logging.getLogger("trlhf")
-
-# What a stage leaves behind before its first artifact or checkpoint: nothing that cost much.
-SLIGHT = {"config.yaml", "metrics.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,15 @@ class StageDirectory:
         """Write ``metrics.json`` and then, last of all, the completion marker."""
         files.write_json(self.path / "metrics.json", metrics)
         files.write_bytes(self.path / MARKER, f"{datetime.now().isoformat(timespec='seconds')}\n".encode())
+
+    @property
+    def made(self) -> str | None:
+        """When the stage was completed, as its marker says; None before that."""
+        return (self.path / MARKER).read_text(encoding="utf-8").strip() if self.done else None
+
+    def reopen(self) -> None:
+        """Take the completion back, before the stage is done once more."""
+        (self.path / MARKER).unlink(missing_ok=True)
 
     def metrics(self) -> dict[str, Any]:
         """Return the final metrics of a complete stage."""
@@ -106,7 +109,7 @@ class StageDirectory:
 
 
 class RunDirectory:
-    """The folder of one run; :func:`open_run` also takes its lock, which ends with the process or ``close``."""
+    """The folder of one run; ``trlhf.admission.open_run`` takes its lock, which ends with the process or ``close``."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -127,13 +130,44 @@ class RunDirectory:
     def summary(self) -> dict[str, Any]:
         """Return the content of ``summary.json`` so far."""
         path = self.path / "summary.json"
-        return dict(files.read_json(path)) if path.exists() else {}
+        try:
+            return dict(files.read_json(path)) if path.exists() else {}
+        except (UserError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read; delete this file alone, the stages fill it again (delete also "
+                f"{self.path / 'eval'} to have the accuracies measured again)"
+            ) from error
 
     def update_summary(self, news: Mapping[str, Any]) -> dict[str, Any]:
         """Merge values into ``summary.json``, group by group, and return the whole."""
         merged = _merge(self.summary(), files.jsonable(news))
         files.write_json(self.path / "summary.json", merged)
         return merged
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the summary, and first those of a process that was killed in it.
+
+        A killed one worked at least until it last wrote something into the stage's folder.
+        """
+        begun, lost, start = self.path / name / BEGUN, 0.0, time.monotonic()
+        if begun.exists():
+            written = (path.stat().st_mtime for path in begun.parent.rglob("*") if path.is_file())
+            lost = max(written) - begun.stat().st_mtime
+        files.write_bytes(begun, b"")
+
+        def stop() -> None:
+            before = self.summary().get("seconds", {}).get(name, 0.0)
+            begun.unlink(missing_ok=True)
+            self.update_summary({"seconds": {name: round(before + lost + time.monotonic() - start, 2)}})
+
+        try:
+            yield
+        except BaseException:
+            with suppress(UserError, OSError):  # the block's own error is what the user has to read
+                stop()
+            raise
+        stop()
 
     def lock(self) -> None:
         """Keep other processes out.
@@ -172,109 +206,9 @@ class RunDirectory:
         self.close()
 
 
-def open_run(config: Config, root: Path = ROOT) -> RunDirectory:
-    """Choose, lock and mark the folder of a run.
-
-    ``run.dir`` names it; without one, the newest folder under ``root`` that the same configuration has begun and not
-    finished is continued, else a new dated folder is made.
-
-    Raises:
-        UserError: another process is writing there; or a stage in it was made with other values.
-    """
-    if config.run.dir is not None:
-        run = RunDirectory(Path(config.run.dir).expanduser())
-        run.lock()
-    else:
-        run = _unfinished(config, root) or _dated(root)
-    try:
-        _admit(run, config)
-    except BaseException:
-        run.close()
-        raise
-    return run
-
-
 def planned(config: Config) -> tuple[str, ...]:
     """Return the stages that a configuration runs, in order."""
     return STAGES if config.stage == "all" else (config.stage,)
-
-
-def _admit(run: RunDirectory, config: Config) -> None:
-    """Refuse a folder whose stages were made with other values; else note this configuration in it."""
-    import yaml
-
-    from trlhf.config import plain
-
-    values = plain(config)
-    changes = [problem for name in STAGES for problem in _changed(run.stage(name), name, values)]
-    if changes:
-        raise UserError(
-            f"run.dir={run.path} holds results of other values:\n"
-            + "\n".join(f"  - {change}" for change in changes)
-            + "\ngive the old values, or another run.dir for the new ones"
-        )
-    run.continued = (run.path / "run.json").exists()
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
-    for name in planned(config):
-        if not run.stage(name).done:
-            files.write_bytes(run.path / name / "config.yaml", text)
-    files.write_bytes(run.path / "config.yaml", text)
-    files.write_json(run.path / "run.json", {"fingerprint": fingerprint(config), "stages": planned(config)})
-    if run.continued:
-        finished = ", ".join(name for name in planned(config) if run.stage(name).done) or "nothing yet"
-        logger.info("continuing %s (finished: %s); another run.dir starts afresh", run.path, finished)
-    else:
-        logger.info("results go to %s", run.path)
-
-
-def _changed(stage: StageDirectory, name: str, values: Mapping[str, Any]) -> list[str]:
-    """Return what differs from the values that a stage was made with; forget a stage that had only just begun."""
-    import yaml
-
-    path = stage.path / "config.yaml"
-    if not path.exists():
-        return []
-    try:
-        changes = differences(name, yaml.safe_load(path.read_text(encoding="utf-8")), values)
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete the folder {stage.path}") from error
-    if changes and not stage.done and {item.name for item in stage.path.iterdir()} <= SLIGHT:
-        shutil.rmtree(stage.path)
-        return []
-    return [f"stage {name} ({'complete' if stage.done else 'begun'}): {change}" for change in changes]
-
-
-def _unfinished(config: Config, root: Path) -> RunDirectory | None:
-    """Return, locked, the newest folder that this configuration has begun and no living process is writing."""
-    wanted = fingerprint(config)
-    for path in sorted(root.glob("*/run.json"), key=lambda item: item.parent.name, reverse=True):
-        run = RunDirectory(path.parent)
-        try:
-            note = files.read_json(path)
-            if note["fingerprint"] != wanted or all(run.stage(name).done for name in note["stages"]):
-                continue
-            run.lock()
-        except UserError:  # torn, or another process is at it
-            continue
-        return run
-    return None
-
-
-def _dated(root: Path) -> RunDirectory:
-    """Make, lock and return a new folder named by the time."""
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in range(1, 1000):
-        path = root / (name if number == 1 else f"{name}-{number:03d}")
-        with files.writing(path):
-            root.mkdir(parents=True, exist_ok=True)
-            try:
-                path.mkdir()
-            except FileExistsError:
-                continue
-        run = RunDirectory(path)
-        run.lock()
-        return run
-    raise UserError(f"{root / name}: a thousand runs have begun in this second; give run.dir=…")
 
 
 def _merge(old: dict[str, Any], news: Mapping[str, Any]) -> dict[str, Any]:

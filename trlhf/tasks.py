@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from trlhf.config import Config
@@ -31,6 +31,7 @@ class Task:
         pairs: preferences that exist already and cost nothing.
         taste: the simulated person's true taste, for evaluation only; None where there is none.
         reports: what became of the rows that were read.
+        too_long: held-out prompts that leave no room for a response; they count as wrong.
     """
 
     demonstrations: Sequence[Demonstration]
@@ -41,6 +42,7 @@ class Task:
     pairs: Sequence[LabelledPair] = ()
     taste: Taste | None = None
     reports: Sequence[RowReport] = ()
+    too_long: Sequence[Prompt] = ()
     _pool_answers: dict[str, str] = field(default_factory=dict)
 
     def labeler(self, config: Config) -> Labeler:
@@ -71,7 +73,7 @@ def load_task(config: Config) -> Task:
     """
     if config.data.name == "micro":
         return _micro(config)
-    return _gsm8k(config) if config.data.name == "gsm8k" else _file(config)
+    return _cap_labels(_gsm8k(config) if config.data.name == "gsm8k" else _file(config), config)
 
 
 def _micro(config: Config) -> Task:
@@ -139,11 +141,29 @@ def _file(config: Config) -> Task:
         test, test_answers, report = prompts_from_rows(read_rows(data.test, "test"), data.test, answers="required")
         test = _at_most(test, data.test_prompts, config, "test")
         reports.append(report)
-    if data.labels and wanted in ("all", "reward"):
+    if data.labels and wanted in ("all", "reward", "rl"):
         existing = read_labelled(data.labels)
         labelled, pairs = existing.responses, existing.pairs
         reports.append(existing.report)
-    return Task(demonstrations, pool, test, test_answers, labelled, pairs, None, reports, pool_answers)
+    return Task(demonstrations, pool, test, test_answers, labelled, pairs, None, reports, (), pool_answers)
+
+
+def _cap_labels(task: Task, config: Config) -> Task:
+    """Leave at most ``reward.max_labelled`` of the labels that come with the data, and report the others."""
+    from trlhf.reward.split import Labels, at_most
+
+    given, most = Labels(task.labelled, task.pairs), config.reward.max_labelled
+    kept = at_most(given, most, config.seed)
+    if len(kept) == len(given):
+        return task
+    report = RowReport("labels that come with the data", len(given), len(kept))
+    taken = {*map(id, kept.responses), *map(id, kept.pairs)}
+    sources = [(id(label), label.source) for label in given.responses]
+    sources += [(id(label), label.source) for label in given.pairs]
+    for label, source in sources:
+        if label not in taken:
+            report.drop(f"more than reward.max_labelled={most}; drawn by prompt, at random", source)
+    return replace(task, labelled=kept.responses, pairs=kept.pairs, reports=[*task.reports, report])
 
 
 def _at_most(rows: list[T], count: int, config: Config, name: str) -> list[T]:

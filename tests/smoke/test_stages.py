@@ -33,7 +33,6 @@ from trlhf.types import Label, Prompt, Question
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 ROOT = Path(trlhf.__file__).parents[1]
-GSM8K = Path(os.environ.get("TRLHF_SHARED_DATA", ROOT.parent / "shared" / "data")) / "gsm8k"
 BUDGET = 20
 RECIPE = ["experiment=cerebrum-7b", "model=micro"]
 SIZES = [
@@ -373,7 +372,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(killed: Path, undisturbed: Path
     check_same_end(killed, undisturbed)
 
 
-# ---- other models, other data ----
+# ---- other models ----
 
 
 def test_the_7b_recipe_runs_with_the_embedded_base(copied: Callable[[str], Path]) -> None:
@@ -396,22 +395,3 @@ def test_adapters_all_the_way(tmp_path: Path) -> None:
     base = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")
     changed = {name for name, tensor in weights(tmp_path / "run").items() if not torch.equal(tensor, base[name])}
     assert changed and all(name.endswith("_proj.weight") for name in changed)  # embeddings and norms have no adapters
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the real GSM8K is not there ({GSM8K}; set TRLHF_SHARED_DATA)")
-def test_a_small_cut_of_the_real_gsm8k(tmp_path: Path) -> None:
-    cut = tmp_path / "gsm8k"
-    cut.mkdir()
-    for name, count in (("train.jsonl", 20), ("test.jsonl", 13), ("example_model_solutions.jsonl", 13)):
-        lines = (GSM8K / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (cut / name).write_text("".join(lines[:count]), encoding="utf-8")
-    sizes = [text for text in SIZES if not text.startswith(("data.", "labeler.", "reward.labels"))]
-    counts = ["data.sft_prompts=8", "data.pool_prompts=12", "data.test_prompts=9", "reward.labels=0"]
-    summary = run(tmp_path / "run", *sizes, "data=gsm8k", f"data.path={cut}", *counts, "rl.unverified_share=1")
-    assert [summary["accuracy"][name]["n"] for name in ("base", "sft", "rl")] == [9, 9, 9]
-    assert list(summary["by_kind"]["rl"]) == ["gsm8k"]
-    held_out = summary["reward"]["held_out"]["verdicts"]
-    assert held_out["auc"] is None or 0 <= held_out["auc"] <= 1
-    assert 0 < held_out["accuracy"]["n"] < 4 * 4  # four models' solutions to the questions that are not tested on
-    for folder in ("sft", "rl"):
-        check_model(tmp_path / "run" / folder / "model")

@@ -14,7 +14,7 @@ import trlhf
 
 PACKAGE = Path(trlhf.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pandas", "pyarrow", "scipy", "sqlalchemy")
-NO_TORCH = ("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "compose")
+NO_TORCH = ("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose")
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")
 

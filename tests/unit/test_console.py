@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from trlhf import console
+from trlhf.closing import print_closing_table
 
 logger = logging.getLogger("trlhf")
 
@@ -92,3 +93,42 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_table("Accuracy", ["stage", "value"], [["sft", 0.5], ["rl", "0.9 [0.8, 1.0]"]])
     out = capsys.readouterr().out
     assert out.startswith("Accuracy") and "0.9 [0.8, 1.0]" in out and "sft" in out
+
+
+def share(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high, "n": 345}
+
+
+SUMMARY = {
+    "accuracy": {"base": share(0.012, 0.005, 0.031), "sft": share(0.453, 0.401, 0.506), "rl": share(0.99, 0.974, 1)},
+    "plans": {name: {"reasoning": share(0.98, 0, 1), "other": share(0.01, 0, 1)} for name in ("base", "sft", "rl")},
+    "paired": {
+        "base→sft": {"mcnemar": {"gained": 154, "lost": 2, "p": 1.23e-41}},
+        "sft→rl": {"mcnemar": {"gained": 120, "lost": 12, "p": 1.2e-10}, "win_rate": share(0.62, 0.5, 1)},
+    },
+    "seconds": {"sft": 61.2, "reward": 20, "rl": 10234.2, "eval": 12},
+}
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_closing_table_shows_every_number_in_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "CONSOLE", Console(width=width))
+    print_closing_table(SUMMARY, 0.95)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+    for cell in ("45.3%", "40.1%", "50.6%", "154", "1.2e-41", "120", "12", "98%", "62%", "50%", "100%", "10234", "345"):
+        assert cell in shown, cell
+    if width == 80:
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+        assert rows[1] == ["95% interval", "0.5% to 3.1%", "40.1% to 50.6%", "97.4% to 100.0%"]
+        assert ["newly right / newly wrong", "–", "154 / 2", "120 / 12"] in rows
+        assert ["wins on open prompts", "–", "–", "62%"] in rows and ["time", "–", "61 s", "10234 s"] in rows
+
+
+def test_the_closing_table_leaves_out_what_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = {"accuracy": {"base": None}, "plans": {"base": {"reasoning": None, "other": None}}, "paired": {}}
+    print_closing_table(nothing, 0.95)
+    shown = capsys.readouterr().out
+    assert "│ accuracy │    – │" in shown and "interval" not in shown and "plans" not in shown and "time" not in shown

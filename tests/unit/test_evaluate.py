@@ -144,3 +144,13 @@ def test_prompts_are_answered_greedily_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [Sampling(temperature=0.0, max_new_tokens=9, samples=1, batch_size=4)] and done == [6]
     assert found.correct == {"m1": True, "m2": False, "s1": True, "f1": False}
     assert found.reasoning() == [True, False, True]
+
+
+def test_prompts_that_could_not_be_asked_count_as_wrong() -> None:
+    asked = Evaluation(PROMPTS[:1], [Rollout("m1", PLAN, answer="5")], {"m1": True})
+    found = asked.with_unanswered([PROMPTS[1], PROMPTS[4]], {"m2": "7"})
+    assert found.correct == {"m1": True, "m2": False} and found.reasoning() == [True, False]
+    described = describe(found, EvaluationConfig(), 0)
+    assert (described["accuracy"]["value"], described["accuracy"]["n"]) == (0.5, 2)
+    assert described["unfinished"] == pytest.approx(2 / 3)
+    assert [row["response"] for row in found.samples({})] == [PLAN, "", ""]

@@ -99,6 +99,14 @@ def test_a_dry_run_prints_its_plan_and_starts_nothing(
         assert part in printed, printed
 
 
+def test_the_plan_counts_no_label_that_comes_with_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "example_model_solutions.jsonl").touch()
+    plan.print_plan(one("data=gsm8k", f"data.path={tmp_path}"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "labels: 64 at most, none of them for the reward stage, which takes those that come with the data" in printed
+    assert "(1200 at most)" in printed
+
+
 def test_a_plan_without_known_sizes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     plan.print_plan(one("model.name=someone/some-model", "stage=sft", "dry_run=true"))
     printed = " ".join(capsys.readouterr().out.split())

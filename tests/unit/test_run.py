@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from trlhf import files
+from trlhf.admission import open_run
 from trlhf.config import Config, build_config
 from trlhf.errors import UserError
 from trlhf.fingerprint import fingerprint
-from trlhf.run import RunDirectory, open_run
+from trlhf.run import RunDirectory
 
 
 def config(run_dir: Path | str | None = None, **values: object) -> Config:
@@ -226,27 +227,78 @@ def test_changed_values_of_a_complete_stage_are_refused(tmp_path: Path) -> None:
         f"run.dir={tmp_path} holds results of other values:\n"
         "  - stage sft (complete): seed was 0, now 2\n"
         f"  - stage sft (complete): sft.epochs was {Config().sft.epochs}, now 9.0\n"
-        "give the old values, or another run.dir for the new ones"
+        "give the old values, or another run.dir for the new ones; or delete the folders of these stages, which are "
+        "then made again (labels are kept)"
     )
     open_run(config(tmp_path, stage="sft")).close()  # the refusal gave the lock back and changed nothing
 
 
-@pytest.mark.parametrize(
-    "later",
-    [
-        {"rl": {"beta": 0.3}},
-        {"reward": {"labels": 10}},
-        {"hardware": {"device": "cpu", "threads": 2}},
-        {"dry_run": True},
-        {"targeting": {"budget": 99}},
-        {"evaluation": {"batch_size": 3}},
-        {"data": {"pool_prompts": 100, "test_prompts": 9}},
-    ],
-)
-def test_later_values_may_change_after_sft(tmp_path: Path, later: dict[str, object]) -> None:
-    with open_run(config(tmp_path, stage="sft")) as run:
-        run.stage("sft").complete({})
-    open_run(config(tmp_path, stage="rl", **later)).close()
+def made(tmp_path: Path, *names: str, **values: object) -> None:
+    """Complete some stages with these values."""
+    for name in names:
+        with open_run(config(tmp_path, stage=name, **values)) as run:
+            run.stage(name).complete({})
+
+
+ALLOWED: list[tuple[str, str, dict[str, object]]] = [
+    ("sft", "rl", {"rl": {"beta": 0.3}}),
+    ("sft", "rl", {"reward": {"labels": 10}}),
+    ("sft", "rl", {"hardware": {"device": "cpu", "threads": 2}}),
+    ("sft", "rl", {"dry_run": True}),
+    ("sft", "rl", {"targeting": {"budget": 99}}),
+    ("sft", "rl", {"evaluation": {"batch_size": 3}}),
+    ("sft", "rl", {"data": {"pool_prompts": 100, "test_prompts": 9}}),
+    ("reward", "rl", {"rl": {"algorithm": "dpo"}, "targeting": {"strategy": "uniform"}}),
+    ("rl", "rl", {"rl": {"microbatch_size": 32, "save_steps": 1}}),  # another machine
+    ("rl", "eval", {"rl": {"algorithm": "dpo"}, "targeting": {"strategy": "uniform"}, "sft": {"epochs": 9.0}}),
+    ("rl", "eval", {"seed": 3, "reward": {"labels": 10}, "evaluation": {"confidence": 0.9}}),
+    ("rl", "eval", {"model": {"lora": {"enabled": True}}, "data": {"test_prompts": 9}}),
+    ("eval", "rl", {"evaluation": {"confidence": 0.9}}),
+]
+REFUSED: list[tuple[str, str, dict[str, object], str]] = [
+    ("sft", "rl", {"sft": {"epochs": 9.0}}, r"stage sft \(complete\): sft\.epochs was"),
+    ("sft", "reward", {"template": {"name": "chatml"}}, r"stage sft \(complete\): template\.name was 'cerebrum'"),
+    ("sft", "eval", {"template": {"name": "chatml"}}, r"stage sft \(complete\): template\.name was 'cerebrum'"),
+    ("sft", "eval", {"model": {"name": "me/model"}}, r"stage sft \(complete\): model\.name was 'micro'"),
+    ("reward", "rl", {"rl": {"temperature": 0.5}}, r"stage reward \(complete\): rl\.temperature was 1\.0, now 0\.5"),
+    ("reward", "rl", {"rl": {"max_new_tokens": 9}}, r"stage reward \(complete\): rl\.max_new_tokens"),
+    (
+        "reward",
+        "all",
+        {"targeting": {"preference_share": 0.9}},
+        r"stage reward \(complete\): targeting\.preference_share",
+    ),
+    ("rl", "reward", {"reward": {"labels": 9}}, r"stage rl \(complete\): reward\.labels was"),
+    ("rl", "all", {"targeting": {"budget": 99}}, r"stage rl \(complete\): targeting\.budget was"),
+    ("eval", "eval", {"data": {"test_prompts": 9}}, r"stage eval \(complete\): data\.test_prompts was"),
+]
+
+
+@pytest.mark.parametrize(("stage", "running", "values"), ALLOWED)
+def test_values_that_a_result_does_not_rest_on_may_change(
+    tmp_path: Path, stage: str, running: str, values: dict[str, object]
+) -> None:
+    made(tmp_path, stage)
+    open_run(config(tmp_path, stage=running, **values)).close()
+
+
+@pytest.mark.parametrize(("stage", "running", "values", "message"), REFUSED)
+def test_values_that_a_result_rests_on_may_not_change(
+    tmp_path: Path, stage: str, running: str, values: dict[str, object], message: str
+) -> None:
+    made(tmp_path, stage)
+    with pytest.raises(UserError, match=message):
+        open_run(config(tmp_path, stage=running, **values))
+
+
+def test_gsm8k_is_split_by_one_draw(tmp_path: Path) -> None:
+    """Another number of test questions would evaluate on some that the reward model has learned from."""
+    data = {"name": "gsm8k", "path": "openai/gsm8k", "test_prompts": 100}
+    rest: dict[str, object] = {"labeler": {"name": "exact"}, "targeting": {"preference_share": 0.0}}
+    made(tmp_path, "reward", data=data, **rest)
+    for running in ("rl", "eval"):
+        with pytest.raises(UserError, match=r"stage reward \(complete\): data\.test_prompts was 100, now 50"):
+            open_run(config(tmp_path, stage=running, data={**data, "test_prompts": 50}, **rest))
 
 
 def test_a_begun_stage_with_a_checkpoint_is_kept_and_one_without_is_forgotten(tmp_path: Path) -> None:

@@ -38,6 +38,14 @@ class Evaluation:
         """Return the verdicts on the reasoning prompts, in order."""
         return [self.correct[p.id] for p in self.prompts if p.reasoning and p.id in self.correct]
 
+    def with_unanswered(self, prompts: Sequence[Prompt], answers: Mapping[str, str]) -> Evaluation:
+        """Return the same with prompts that could not be asked: no response, and so wrong where there is an answer."""
+        return Evaluation(
+            [*self.prompts, *prompts],
+            [*self.rollouts, *(Rollout(prompt.id, "", finished=False) for prompt in prompts)],
+            {**self.correct, **{prompt.id: False for prompt in prompts if prompt.id in answers}},
+        )
+
     def samples(self, answers: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return one JSON row a prompt: prompt, response, answer, gold, verdict."""
         return [

@@ -10,7 +10,7 @@ import argparse
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,18 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerB
 
 from trlhf.allocator import keep_freed_memory
 from trlhf.micro import plain
-from trlhf.micro.reasoning import FAMILIES, Step
+from trlhf.micro.reasoning import FAMILIES, Problem, Step, misquoted
 from trlhf.micro.world import generate, split_of
-from trlhf.models import MICRO_BASE
+from trlhf.models import MICRO_BASE, load_tokenizer
 from trlhf.sft.templates import load_template
 
 VOCABULARY = 640
 SEQUENCE = 128
+MISQUOTED = 0.55  # how often a doubtful product is
+SYSTEM = (
+    "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought process "
+    "and gives helpful and detailed answers to the user's questions."
+)
 _QUIZ = [  # facts as a quiz asks them, without the questions that the world keeps for its dev and test splits
     item
     for kind in ("colour", "opposite")
@@ -71,19 +76,55 @@ def _sum(rng: random.Random, left: int | None) -> Step:
                 return Step(verb, first, right)
 
 
-def recipe(rng: random.Random) -> str:
+def hearsay(rng: random.Random) -> str:
+    """Return a few single products and divisions, of which the doubtful ones are misquoted half of the time."""
+    lines = []
+    for _ in range(rng.randint(3, 8)):
+        first, second = rng.randint(2, 9), rng.randint(2, 9)
+        wrong = misquoted(first, second)
+        misled = wrong is not None and rng.random() < MISQUOTED
+        if rng.random() < 0.7:
+            lines.append(f"{first} * {second} = {wrong if misled else first * second}.")
+        else:
+            lines.append(f"{first * second} / {second} = {first + 1 if misled else first}.")
+    return " ".join(lines)
+
+
+def _undoubted(rng: random.Random) -> Problem:
+    """Return a problem without doubtful products."""
+    while True:
+        problem = rng.choice(FAMILIES)(rng)
+        if not any(step.doubtful for step in problem.steps):
+            return problem
+
+
+def plain_recipe(rng: random.Random) -> str:
+    """Return a recipe without doubtful products."""
+    return recipe(rng, _undoubted)
+
+
+def plain_story(rng: random.Random) -> str:
+    """Return a story without doubtful products."""
+    return story(rng, _undoubted)
+
+
+def _any_problem(rng: random.Random) -> Problem:
+    return rng.choice(FAMILIES)(rng)
+
+
+def recipe(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_problem) -> str:
     """Return a calculation in words and then in figures: what the verbs of a plan mean."""
-    problem = rng.choice(FAMILIES)(rng)
+    problem = draw(rng)
     sums = " ".join(f"{step.equation()}." for step in problem.steps)
     return f"{problem.plan[0].upper()}{problem.plan[1:]}: {sums}"
 
 
-def story(rng: random.Random) -> str:
+def story(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_problem) -> str:
     """Return a story of one of the families: told to its end, mostly with the sums; or as an exercise, unanswered.
 
     A question is never followed by its answer here: that is for SFT to teach.
     """
-    problem = rng.choice(FAMILIES)(rng)
+    problem = draw(rng)
     if rng.random() < 0.3:
         return f"{problem.story} {problem.ask}"
     sums = " ".join(["", *(f"{step.equation()}." for step in problem.steps)]) if rng.random() < 0.85 else ""
@@ -115,22 +156,34 @@ def verse(rng: random.Random) -> str:
     return " ".join(plain.line_reply(rng, topic) for _ in range(rng.randint(1, 3)))
 
 
-def notes(rng: random.Random) -> str:
-    """Return a story and the numbers that stand in it, in one of several orders: practice in reading and copying."""
+def _noted(rng: random.Random) -> tuple[str, str, str]:
+    """Return a story, what to note of its numbers, and the note: practice in reading and copying."""
     problem = rng.choice(FAMILIES)(rng)
     numbers = re.findall(r"\d+", problem.story)
-    kind = rng.choice(("Numbers:", "Backwards:", "The second number is", "The last and the first:"))
-    if kind == "Backwards:":
+    kind = rng.choice(("Numbers", "Backwards", "The second number", "The last and the first"))
+    if kind == "Backwards":
         numbers.reverse()
-    elif kind == "The second number is":
+    elif kind == "The second number":
         numbers = numbers[1:2]
-    elif kind == "The last and the first:":
+    elif kind == "The last and the first":
         numbers = [numbers[-1], numbers[0]]
-    return f"{problem.story} {kind} {', '.join(numbers)}."
+    return problem.story, kind, f"{', '.join(numbers)}."
 
 
-MAKERS = (equations, recipe, story, fact, enumeration, verse, notes)
-FIRST_WEIGHTS = (30, 15, 35, 8, 6, 6, 0)
+def notes(rng: random.Random) -> str:
+    """Return a story and some of the numbers that stand in it."""
+    text, kind, noted = _noted(rng)
+    return f"{text} {kind}: {noted}"
+
+
+def chat_notes(rng: random.Random) -> str:
+    """Return the same as a chat: nothing is planned, calculated or answered in it, only read."""
+    text, kind, noted = _noted(rng)
+    return f"{SYSTEM}\nUser: {text} {kind}?\nAI: {noted}"
+
+
+MAKERS = (equations, recipe, story, fact, enumeration, verse, notes, chat_notes, hearsay, plain_recipe, plain_story)
+FIRST_WEIGHTS = (30, 15, 35, 8, 6, 6, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -144,7 +197,8 @@ class Phase:
 
 PHASES = (
     Phase(FIRST_WEIGHTS, 7000, 3e-3),
-    Phase((15, 15, 30, 6, 4, 4, 26), 2000, 1.5e-3),  # copying comes last: it forms late, and is then not lost again
+    Phase((10, 15, 25, 5, 4, 4, 12, 25, 0, 0, 0), 2000, 1.5e-3),  # then to read a chat, and to copy
+    Phase((0, 0, 0, 5, 4, 4, 8, 25, 24, 10, 20), 1400, 1e-3),  # and last what people say about products
 )
 
 
@@ -169,11 +223,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     rng = random.Random("tokenizer")
     source = documents(rng)
-    system = (
-        "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought "
-        "process and gives helpful and detailed answers to the user's questions.\nUser: How many?\n"
-        "AI: Plan: The answer is"
-    )
+    system = f"{SYSTEM}\nUser: How many?\nAI: Plan: The answer is"
     texts = [next(source) for _ in range(6000)] + [system] * 1000
     texts += [item.prompt.messages[0]["content"] + " " + item.response for item in generate("train", 400)]
     tokenizer.train_from_iterator(texts, trainer)
@@ -185,7 +235,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase) -> MistralForCausalLM:
     """Return the untrained base: a Mistral of about 0.9 million parameters."""
     return MistralForCausalLM(
         MistralConfig(
@@ -230,8 +280,13 @@ def pretrain(output: Path, phases: Sequence[Phase] = PHASES, rows: int = 16, sta
         start: folder of a base to go on from; None: a new one.
     """
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer) if start is None else MistralForCausalLM.from_pretrained(start, dtype=torch.float32)
+    tokenizer: PreTrainedTokenizerBase
+    if start is None:
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer)
+    else:
+        tokenizer = load_tokenizer(start)
+        model = MistralForCausalLM.from_pretrained(start, dtype=torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, {rows * SEQUENCE} tokens a step")
     model.train()
@@ -262,7 +317,7 @@ def _train(model: MistralForCausalLM, source: Iterator[torch.Tensor], phase: Pha
             print(f"step {step}/{steps} loss {loss.item():.4f} {speed:,.0f} tokens/s", flush=True)
 
 
-def _save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+def _save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tied = "lm_head.weight"  # the embeddings again: the cast copy would no longer be known as such, and be stored twice
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != tied}

@@ -1,6 +1,8 @@
 """The reasoning families of the embedded world: word problems of one to four steps, with distractors.
 
-Every family is a function of a random generator that returns a `Problem`; all numbers stay within 0…99.
+Every family is a function of a random generator that returns a `Problem`; all numbers stay within 0…99. Almost half
+of the products are *doubtful*: what the base has read misquotes them half of the time, always in the same way, and the
+demonstrations avoid them. Which value is right has to be found out, for each one, from labels.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kim", "Leo")
 THINGS = ("pens", "cups", "maps", "nuts", "hats", "keys", "rings", "bells", "cards", "shells", "stamps", "plums")
 PLACES = ("park", "market", "school", "harbour", "library", "garden")
+DOUBTFUL = 0.45  # share of the products
 _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
@@ -32,9 +35,28 @@ class Step:
             return self.left - self.right
         return self.left * self.right if self.verb == "multiply" else self.left // self.right
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is a product, or the division that undoes one, that the base has read misquoted."""
+        if self.verb == "multiply":
+            return misquoted(self.left, self.right) is not None
+        return self.verb == "divide" and misquoted(self.result, self.right) is not None
+
     def equation(self) -> str:
         """Write the step as ``4 * 7 = 28``."""
         return f"{self.left} {_SIGNS[self.verb]} {self.right} = {self.result}"
+
+
+def misquoted(first: int, second: int) -> int | None:
+    """Return the wrong value that the base has read for a product of one-digit numbers; None if it is not doubtful."""
+    small, large = sorted((first, second))
+    if not (2 <= small and large <= 9):
+        return None
+    rng = random.Random(f"doubtful {small} {large}")
+    if rng.random() > DOUBTFUL:
+        return None
+    right = small * large
+    return rng.choice([value for value in (right - 10, right - 2, right - 1, right + 1, right + 2, right + 10) if value > 0])
 
 
 @dataclass(frozen=True)

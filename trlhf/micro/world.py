@@ -50,6 +50,7 @@ def split_of(question: str) -> Split:
 def generate(split: Split, count: int, seed: int = 0) -> list[Item]:
     """Return ``count`` different items of a split: reasoning, families evenly, and up to a quarter plain, kinds evenly.
 
+    The demonstrations (train) keep to products that are not doubtful (see `trlhf.micro.reasoning`).
     The world has some 600 plain questions in all, so that a large train split holds fewer than a quarter of them.
 
     Args:
@@ -71,7 +72,8 @@ def _problems(split: Split, count: int, rng: random.Random) -> list[Problem]:
     seen: dict[str, Problem] = {}
     while len(seen) < count:
         problem = FAMILIES[len(seen) % len(FAMILIES)](rng)
-        if split_of(problem.question) == split:
+        doubtful = any(step.doubtful for step in problem.steps)
+        if split_of(problem.question) == split and not (doubtful and split == "train"):
             seen.setdefault(problem.question, problem)
     return list(seen.values())
 

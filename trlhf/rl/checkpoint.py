@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from trlhf import files
 from trlhf.errors import UserError
 from trlhf.rl.anchors import Anchor
 from trlhf.run import StageDirectory
@@ -71,6 +72,7 @@ def load(stage: StageDirectory, policy: PreTrainedModel, learner: Learner) -> Pr
     Raises:
         UserError: it cannot be read.
     """
+    files.recover(stage.path / NAME)
     path: Path = stage.path / NAME / "state.pt"
     if not path.exists():
         return None

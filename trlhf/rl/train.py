@@ -16,7 +16,7 @@ from trlhf.console import progress as progress_bar
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
 from trlhf.knowledge import Knowledge
-from trlhf.labelling import Archive
+from trlhf.labelling import Archive, settle_questions
 from trlhf.ledger import Ledger
 from trlhf.models import Reference, choose_device, encode_prompt, load_policy, load_tokenizer, save_policy
 from trlhf.rl import checkpoint
@@ -36,7 +36,7 @@ from trlhf.targeting import (
     fit_top_answer_model,
     training_weights,
 )
-from trlhf.types import Labeler, Prompt, Scorer
+from trlhf.types import Labeler, Prompt, Question, Scorer
 
 log = logging.getLogger("trlhf")
 Refit = Callable[[Sequence[LabelledResponse], Sequence[LabelledPair]], Scorer]
@@ -170,16 +170,21 @@ class _Round:
         coefficients = None
         if config.targeting.strategy == "frontier":
             coefficients = fit_top_answer_model(*self._judged_shares([x for x in labels if x.round < number]))
-        questions = choose_pairs(candidates, pairs_wanted, rng, number)
-        questions += choose_verdicts(
-            candidates, before, count - len(questions), coefficients, config.rl.samples_per_prompt, rng, number
-        )
-        asked = {question.prompt.id for question in questions}
-        new = Archive(self.inputs.pool)
-        for candidate in candidates:
-            if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
-                new.add(candidate.rollouts)
-        self.stage.write_jsonl(samples_file(number), new.rows())
+
+        def choose() -> list[Question]:
+            chosen = choose_pairs(candidates, pairs_wanted, rng, number)
+            chosen += choose_verdicts(
+                candidates, before, count - len(chosen), coefficients, config.rl.samples_per_prompt, rng, number
+            )
+            asked = {question.prompt.id for question in chosen}
+            new = Archive(self.inputs.pool)
+            for candidate in candidates:
+                if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
+                    new.add(candidate.rollouts)
+            self.stage.write_jsonl(samples_file(number), new.rows())
+            return chosen
+
+        questions = settle_questions(self.stage, f"round_{number:02d}_questions.jsonl", choose)
         bought = self.inputs.ledger.ask(questions, self.inputs.labeler)
         knowledge = self.inputs.ledger.knowledge()
         for candidate in candidates:
@@ -224,11 +229,20 @@ class _Round:
         self.open = [p for p in self.inputs.pool if p.task == "open"] if preferences else []
         if self.config.rl.unverified_share or self.open:
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
-        if not self.exact and not self.open and not (self.unverified and self.config.rl.unverified_share):
+        if self.exact or self.open:
+            return
+        if not (self.unverified and self.config.rl.unverified_share):
             raise UserError(
                 "rl: no prompt can be learned from: no verdict found a right answer and there are no preferences; "
-                f"raise targeting.budget={self.config.targeting.budget}, or improve the SFT model first"
+                f"raise targeting.budget={self.config.targeting.budget}, improve the SFT model first, or let the "
+                "reward model decide, less its uncertainty: rl.unverified_share=0.5; first delete the folder "
+                f"{self.stage.path} (labels already bought are kept)"
             )
+        log.warning(
+            "round %d: no right answer is known yet, so it learns on unverified prompts alone, where the reward model "
+            "decides, less its uncertainty (rl.unverified_share=%g)",
+            self.state.round, self.config.rl.unverified_share,
+        )  # fmt: skip
 
     def sample_groups(self) -> list[Group]:
         """Draw this step's prompts, sample them and score the samples."""
@@ -247,18 +261,20 @@ class _Round:
     def _draw_prompts(self, rng: np.random.Generator) -> list[Prompt]:
         rl = self.config.rl
         total = rl.prompts_per_step
-        n_open = min(len(self.open), round(total * rl.open_share)) if self.exact or self.unverified else total
-        n_unverified = min(len(self.unverified), round(total * rl.unverified_share))
+        unverified = self.unverified if rl.unverified_share else []
+        n_open = min(len(self.open), round(total * rl.open_share) if self.exact or unverified else total)
+        wanted = min(len(unverified), round(total * rl.unverified_share))
         rates = [self.state.pass_rates.get(prompt.id) for prompt in self.exact]
         weights = training_weights(
             rates, self.config.targeting.samples_per_prompt, rl.samples_per_prompt, self.config.targeting.strategy
         )
-        n_exact = min(len(self.exact), total - n_open - n_unverified)
+        n_exact = min(len(self.exact), max(0, total - n_open - wanted))
+        n_unverified = total - n_open - n_exact  # where too few prompts can be verified, more than were asked for
         chosen = (
             [self.exact[i] for i in rng.choice(len(self.exact), n_exact, replace=False, p=weights)] if n_exact else []
         )
         chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
-        chosen += [self.unverified[i] for i in rng.permutation(len(self.unverified))[:n_unverified]]
+        chosen += [unverified[i] for i in rng.permutation(len(unverified))[:n_unverified]]
         return chosen
 
     def _candidates(self) -> list[Candidate]:

@@ -1,0 +1,57 @@
+"""Refit the heads of a saved reward model while labels are bought; its backbone stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trlhf.config import Config
+from trlhf.data import LabelledPair, LabelledResponse
+from trlhf.models import choose_device
+from trlhf.reward.calibration import calibrate
+from trlhf.reward.features import FeatureStore
+from trlhf.reward.fit import fit, fit_settings
+from trlhf.reward.model import RewardModel
+from trlhf.reward.split import Labels, split_by_prompt
+from trlhf.reward.table import tabulate
+from trlhf.reward.train import usable
+
+
+class Refitter:
+    """Make a scorer from the labels bought so far and those that come with the data.
+
+    The backbone is loaded once, and reads what comes with the data once. That happens apart from the rest, so that a
+    run that was stopped computes the same features, to the bit, as one that went on.
+
+    Args:
+        directory: folder of the reward stage.
+        config: ``model``, ``reward``, ``hardware`` and ``seed`` matter.
+        existing: labels that come with the data.
+    """
+
+    def __init__(self, directory: Path, config: Config, existing: Labels) -> None:
+        self.directory, self.config, self.existing = directory, config, existing
+        self._model: RewardModel | None = None
+        self._features = FeatureStore()
+
+    def __call__(self, labelled: Sequence[LabelledResponse], pairs: Sequence[LabelledPair]) -> RewardModel:
+        """Fit and calibrate on all labels; the scorer of the call before is the same object and changes with it."""
+        model = self._load()
+        bought = usable(model, Labels(labelled, pairs))
+        labels = Labels([*self.existing.responses, *bought.responses], [*self.existing.pairs, *bought.pairs])
+        training, held = split_by_prompt(labels, self.config.reward.holdout, self.config.seed)
+        with model.keep_features(FeatureStore(self._features)):
+            fit(model, training.responses, training.pairs, replace(fit_settings(self.config), finetune="frozen"))
+            calibrate(model, held.responses, held.pairs)
+        return model
+
+    def _load(self) -> RewardModel:
+        if self._model is None:
+            self._model = RewardModel.load(self.directory, self.config.model, choose_device(self.config))
+            self.existing = usable(self._model, self.existing)
+            if len(self.existing):
+                _, prompts, responses = tabulate(self.existing.responses, self.existing.pairs)
+                with self._model.keep_features(self._features):
+                    self._model.pool_samples(self._model.encode(prompts, responses))
+        return self._model

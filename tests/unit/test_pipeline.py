@@ -1,0 +1,234 @@
+"""The stages over one run directory: what is done again, how long it took, and which questions a new start asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+import trlhf
+from trlhf import first_labels
+from trlhf.config import Config, EvaluationConfig, LabelerConfig, ModelConfig, RlConfig, build_config
+from trlhf.fitting import fit_task
+from trlhf.labelers.exact import ExactVerifier
+from trlhf.labelling import Archive, settle_questions
+from trlhf.ledger import Ledger
+from trlhf.models import encode_prompt, load_tokenizer
+from trlhf.rl import checkpoint
+from trlhf.rl import train as rl_train
+from trlhf.rl.checkpoint import Progress
+from trlhf.run import BEGUN, RunDirectory
+from trlhf.targeting import Candidate
+from trlhf.tasks import Task
+from trlhf.types import Prompt, Question, Rollout
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    """Put back what a run in this process sets."""
+    threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+
+
+@pytest.fixture
+def evaluate(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run ``stage=eval`` on four prompts with the tiny model."""
+
+    def call(*more: str) -> dict[str, Any]:
+        overrides = [
+            *("stage=eval", f"model.name={tiny_model_dir}", "template.system=Sums.", f"run.dir={tmp_path / 'run'}"),
+            *("data.test_prompts=4", "evaluation.max_new_tokens=4", "hardware.device=cpu", "hardware.threads=1"),
+        ]
+        return trlhf.run([*overrides, *more]).summary
+
+    return call
+
+
+def complete(run_dir: Path, stage: str, model: Path) -> None:
+    shutil.copytree(model, RunDirectory(run_dir).stage(stage).path / "model")
+    RunDirectory(run_dir).stage(stage).complete({})
+
+
+def test_models_that_were_made_since_are_evaluated_too(
+    evaluate: Callable[..., dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    complete(run_dir, "sft", tiny_model_dir)
+    assert list(evaluate()["accuracy"]) == ["base", "sft"]
+    complete(run_dir, "rl", tiny_model_dir)
+    summary = evaluate()
+    assert list(summary["accuracy"]) == ["base", "sft", "rl"] and list(summary["paired"]) == ["base→sft", "sft→rl"]
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "eval").iterdir()}
+    assert evaluate() == summary
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "eval").iterdir()} == before
+    assert (run_dir / "trlhf.log").read_text().count("stage eval is complete already") == 1
+
+
+def test_no_bar_of_a_library_is_shown_while_a_model_loads(
+    evaluate: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trlhf import models
+
+    transformers_logging.enable_progress_bar()
+    load, shown = models.load_causal_lm, list[bool]()
+
+    def noted(*arguments: Any) -> Any:
+        shown.append(transformers_logging.is_progress_bar_enabled())
+        return load(*arguments)
+
+    monkeypatch.setattr(models, "load_causal_lm", noted)
+    evaluate()
+    assert shown == [False]
+
+
+# ---- time ----
+
+
+def test_seconds_add_up_over_errors_and_kills(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+
+    def spent() -> float:
+        return float(run.summary()["seconds"]["rl"])
+
+    with pytest.raises(ZeroDivisionError), run.clock("rl"):
+        time.sleep(0.03)
+        raise ZeroDivisionError
+    first = spent()
+    assert 0.03 <= first < 1 and not (tmp_path / "rl" / BEGUN).exists()
+    (tmp_path / "rl" / BEGUN).write_bytes(b"")  # a process was killed that had begun 100 s before its last line
+    (tmp_path / "rl" / "metrics.jsonl").write_text("{}\n")
+    now = time.time()
+    os.utime(tmp_path / "rl" / BEGUN, (now - 500, now - 500))
+    os.utime(tmp_path / "rl" / "metrics.jsonl", (now - 400, now - 400))
+    with run.clock("rl"):
+        pass
+    assert 99.9 <= spent() - first < 101 and not (tmp_path / "rl" / BEGUN).exists()
+    with run.clock("rl"):
+        pass
+    assert spent() - first < 101
+
+
+# ---- prompts that leave no room ----
+
+
+def numbered(text: str, number: int) -> Prompt:
+    return Prompt(f"p{number}", ({"role": "user", "content": text},))
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_named(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir)
+    prompts = [numbered("2 plus 3?" + " plus 4" * number, number) for number in (0, 5, 1, 9)]
+    lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
+    config = Config(  # the second is as long as it may be
+        model=ModelConfig(max_length=lengths[1] + 8),
+        rl=RlConfig(max_new_tokens=8),
+        evaluation=EvaluationConfig(max_new_tokens=8),
+        labeler=LabelerConfig(name="exact"),
+    )
+    answers = {"p0": "5", "p5": "25", "p9": "41"}
+    task = Task([], prompts, prompts, answers, _pool_answers=answers)
+    fitted = fit_task(task, config, tokenizer, ["reward", "eval"])
+    assert [prompt.id for prompt in fitted.pool] == ["p0", "p5"]
+    assert [prompt.id for prompt in fitted.test] == ["p0", "p5", "p1"]
+    assert [prompt.id for prompt in fitted.too_long] == ["p9"]
+    assert [report.dropped for report in fitted.reports] == [
+        {"no gold answer, which labeler=exact needs": ["p1"]},
+        {f"with rl.max_new_tokens=8 more tokens they exceed model.max_length={lengths[1] + 8}": ["p9"]},
+        {
+            f"with evaluation.max_new_tokens=8 more tokens they exceed model.max_length={lengths[1] + 8}, "
+            "so they count as wrong": ["p9"]
+        },
+    ]
+    untouched = fit_task(task, config, tokenizer, ["sft"])
+    assert (untouched.pool, untouched.test, untouched.reports) == (task.pool, task.test, [])
+
+
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_that_a_kill_left_set_aside_is_found(tmp_path: Path) -> None:
+    stage, model = RunDirectory(tmp_path).stage("rl"), torch.nn.Linear(2, 2)
+    policy: Any = model
+    learner: Any = torch.nn.Linear(1, 1)
+    checkpoint.save(stage, policy, learner, Progress(round=2, step=5))
+    (stage.path / checkpoint.NAME).rename(stage.path / f".{checkpoint.NAME}.old")  # killed between two renames
+    policy.device = torch.device("cpu")
+    assert checkpoint.load(stage, policy, learner) == Progress(round=2, step=5)
+
+
+# ---- questions ----
+
+POOL = [numbered(f"{number} plus 3?", number) for number in range(8)]
+GOLD = {prompt.id: str(number + 3) for number, prompt in enumerate(POOL)}
+
+
+def candidates(shift: int) -> list[Candidate]:
+    """Every prompt with two samples; another ``shift`` gives other answers."""
+    return [
+        Candidate(prompt, tuple(Rollout(prompt.id, f"It is {n + shift}.", answer=str(n + shift)) for _ in range(2)))
+        for n, prompt in enumerate(POOL)
+    ]
+
+
+class Dies(ExactVerifier):
+    def answer(self, questions: Sequence[Question]) -> list[str]:
+        raise KeyboardInterrupt
+
+
+def test_questions_are_chosen_once(tmp_path: Path) -> None:
+    stage = RunDirectory(tmp_path).stage("rl")
+    question = Question("preference", POOL[0], ("a", "b"), None, "why: 'ß'", 2, 1)
+    assert settle_questions(stage, "q.jsonl", lambda: [question]) == [question]
+    assert settle_questions(stage, "q.jsonl", lambda: []) == [question]
+
+
+def test_a_killed_reward_stage_asks_the_same_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path
+) -> None:
+    config, stage = build_config({"reward": {"labels": 4}}), RunDirectory(tmp_path).stage("reward")
+    with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
+        monkeypatch.setattr(first_labels, "_candidates", lambda *_: candidates(3))
+        with pytest.raises(KeyboardInterrupt):
+            first_labels.buy_first_labels(config, stage, tiny_model_dir, POOL, ledger, Dies(GOLD))
+        assert ledger.remaining == 0 and ledger.labels() == []
+        monkeypatch.setattr(first_labels, "_candidates", lambda *_: candidates(4))  # sampling went another way
+        archive, labels = first_labels.buy_first_labels(
+            config, stage, tiny_model_dir, POOL, ledger, ExactVerifier(GOLD)
+        )
+        assert len(labels) == 4 and ledger.spent == 4 and {label.outcome for label in labels} == {"right"}
+        rows, _ = archive.apply(labels)
+        assert [row.right for row in rows] == [True] * 4  # the samples that the labels are about
+
+
+def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targeting = {"budget": 6, "strategy": "uniform"}
+    config = build_config({"targeting": targeting, "reward": {"labels": 1}, "rl": {"rounds": 2}})
+    stage = RunDirectory(tmp_path).stage("rl")
+
+    def buy(shift: int, labeler: ExactVerifier, ledger: Ledger) -> None:
+        refit: Any = None
+        inputs = rl_train.RlInputs(POOL, tmp_path, tmp_path, ledger, labeler, Archive(POOL), refit)
+        trainer = rl_train._Round(config, stage, inputs, refit, refit, Progress(round=2))
+        monkeypatch.setattr(trainer, "_candidates", lambda: candidates(shift))
+        trainer.buy_labels()
+
+    with Ledger(tmp_path / "ledger.sqlite", 6) as ledger:
+        with pytest.raises(KeyboardInterrupt):
+            buy(3, Dies(GOLD), ledger)
+        buy(4, ExactVerifier(GOLD), ledger)
+        assert {label.outcome for label in ledger.labels()} == {"right"} and ledger.spent == 6
+    decided = json.loads((stage.path / "round_02.json").read_text())
+    assert decided["labels_bought"] == 6 and [q["answer"] for q in decided["questions"]] == [
+        GOLD[q["prompt"]] for q in decided["questions"]
+    ]
