@@ -80,7 +80,10 @@ def test_no_bar_of_a_library_is_shown_while_a_model_loads(
 ) -> None:
     from trlhf import models
 
-    transformers_logging.enable_progress_bar()
+    def as_in_a_fresh_process(*_: Path) -> None:  # where the library is loaded after the log is set up
+        transformers_logging.enable_progress_bar()
+
+    monkeypatch.setattr("trlhf.pipeline.setup_logging", as_in_a_fresh_process)
     load, shown = models.load_causal_lm, list[bool]()
 
     def noted(*arguments: Any) -> Any:

@@ -1,7 +1,9 @@
-"""Rebuild the embedded base: ``python -m trlhf.micro.pretrain`` (about 25 minutes on two idle CPU cores).
+"""Rebuild the embedded base: ``python -m trlhf.micro.pretrain`` (about 35 minutes on one CPU core).
 
-The base reads plain text of the world: equations, stories with their sums, facts, lists and lines. It never sees a
-chat, a plan or a worked solution in the form that responses have, so that SFT has something to teach.
+The base reads text of the world, in three phases: equations, stories with their sums, facts, lists and lines; then also
+chats, in which numbers are noted and nothing is asked to be worked out; last what people say about products, which is
+often wrong. It never sees a plan marked as one or a word problem's question followed by its answer, so that SFT has
+something to teach.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from trlhf.sft.templates import load_template
 
 VOCABULARY = 640
 SEQUENCE = 128
-MISQUOTED = 0.55  # how often a doubtful product is
+MISQUOTED = 0.58  # how often a doubtful product is
 SYSTEM = (
-    "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought process "
-    "and gives helpful and detailed answers to the user's questions."
+    "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought "
+    "process and gives helpful and detailed answers to the user's questions."
 )
 _QUIZ = [  # facts as a quiz asks them, without the questions that the world keeps for its dev and test splits
     item
@@ -77,7 +79,7 @@ def _sum(rng: random.Random, left: int | None) -> Step:
 
 
 def hearsay(rng: random.Random) -> str:
-    """Return a few single products and divisions, of which the doubtful ones are misquoted half of the time."""
+    """Return a few single products and divisions, of which the doubtful ones are often misquoted."""
     lines = []
     for _ in range(rng.randint(3, 8)):
         first, second = rng.randint(2, 9), rng.randint(2, 9)
@@ -188,7 +190,7 @@ FIRST_WEIGHTS = (30, 15, 35, 8, 6, 6, 0, 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of pretraining: share of each maker in ``MAKERS``, steps, and the peak of a learning rate that falls to 0."""
+    """A part of pretraining: weights of ``MAKERS``, steps, and the peak of a learning rate that falls to 0."""
 
     weights: tuple[int, ...]
     steps: int

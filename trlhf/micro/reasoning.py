@@ -1,8 +1,8 @@
 """The reasoning families of the embedded world: word problems of one to four steps, with distractors.
 
-Every family is a function of a random generator that returns a `Problem`; all numbers stay within 0…99. Almost half
-of the products are *doubtful*: what the base has read misquotes them half of the time, always in the same way, and the
-demonstrations avoid them. Which value is right has to be found out, for each one, from labels.
+Every family is a function of a random generator that returns a `Problem`; all numbers stay within 0…99. About half
+of the products are *doubtful*: what the base has read last misquotes them more often than not, always in the same way,
+and the demonstrations avoid them. Which value is right has to be found out, for each one, from labels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kim", "Leo")
 THINGS = ("pens", "cups", "maps", "nuts", "hats", "keys", "rings", "bells", "cards", "shells", "stamps", "plums")
 PLACES = ("park", "market", "school", "harbour", "library", "garden")
-DOUBTFUL = 0.45  # share of the products
+DOUBTFUL = 0.58  # share of the products
 _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
 
@@ -50,13 +50,13 @@ class Step:
 def misquoted(first: int, second: int) -> int | None:
     """Return the wrong value that the base has read for a product of one-digit numbers; None if it is not doubtful."""
     small, large = sorted((first, second))
-    if not (2 <= small and large <= 9):
+    if small < 2 or large > 9:
         return None
     rng = random.Random(f"doubtful {small} {large}")
     if rng.random() > DOUBTFUL:
         return None
     right = small * large
-    return rng.choice([value for value in (right - 10, right - 2, right - 1, right + 1, right + 2, right + 10) if value > 0])
+    return rng.choice([right + slip for slip in (-10, -2, -1, 1, 2, 10) if right + slip > 0])
 
 
 @dataclass(frozen=True)
@@ -275,3 +275,4 @@ FAMILIES: tuple[Callable[[random.Random], Problem], ...] = (
     compare,
     change,
 )
+LONG_FAMILIES = (shop, compare, change)  # of three and four steps

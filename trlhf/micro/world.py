@@ -13,7 +13,7 @@ from itertools import zip_longest
 from typing import Literal
 
 from trlhf.micro.plain import Plain, every_plain
-from trlhf.micro.reasoning import FAMILIES, Problem
+from trlhf.micro.reasoning import FAMILIES, LONG_FAMILIES, Problem
 from trlhf.types import Demonstration, Message, Prompt
 
 Split = Literal["train", "pool", "dev", "test"]
@@ -48,10 +48,11 @@ def split_of(question: str) -> Split:
 
 
 def generate(split: Split, count: int, seed: int = 0) -> list[Item]:
-    """Return ``count`` different items of a split: reasoning, families evenly, and up to a quarter plain, kinds evenly.
+    """Return ``count`` different items of a split: most reasoning, up to a quarter plain.
 
-    The demonstrations (train) keep to products that are not doubtful (see `trlhf.micro.reasoning`).
-    The world has some 600 plain questions in all, so that a large train split holds fewer than a quarter of them.
+    Families come in turn, those of three and four steps twice as often; plain kinds come in turn too. The
+    demonstrations (train) keep to products that are not doubtful (see `trlhf.micro.reasoning`). The world has 528 plain
+    questions in all, so that a large split holds less than a quarter of them.
 
     Args:
         split: train, pool, dev or test.
@@ -69,9 +70,10 @@ def generate(split: Split, count: int, seed: int = 0) -> list[Item]:
 
 
 def _problems(split: Split, count: int, rng: random.Random) -> list[Problem]:
+    families = FAMILIES + LONG_FAMILIES  # what takes three or four steps comes twice as often
     seen: dict[str, Problem] = {}
     while len(seen) < count:
-        problem = FAMILIES[len(seen) % len(FAMILIES)](rng)
+        problem = families[len(seen) % len(families)](rng)
         doubtful = any(step.doubtful for step in problem.steps)
         if split_of(problem.question) == split and not (doubtful and split == "train"):
             seen.setdefault(problem.question, problem)
