@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from trlhf.seeding import numpy_rng, python_rng, torch_generator
 from trlhf.targeting import Candidate, choose_pairs, choose_verdicts
 from trlhf.types import Label, Labeler, Prompt, Question
 
+log = logging.getLogger("trlhf")
 SAMPLES = "labelled_samples.jsonl"
 QUESTIONS = "questions.jsonl"
 
@@ -41,6 +43,11 @@ def buy_first_labels(
         questions = choose_pairs(candidates, _pairs_wanted(config, pool), rng)
         wanted = config.reward.labels - len(questions)
         questions += choose_verdicts(candidates, Knowledge(), wanted, None, 2, rng)
+        if len(questions) < config.reward.labels:
+            log.warning(
+                "reward: %d of %d labels can be asked for; of the other prompts drawn, no sample gives an answer",
+                len(questions), config.reward.labels,
+            )  # fmt: skip
         asked = {question.prompt.id for question in questions}
         kept = Archive(pool)
         for candidate in candidates:

@@ -300,7 +300,7 @@ def test_every_answer_is_paid_and_written_down_once(undisturbed: Path, questions
     keys = [question_key(question) for question in questions]
     assert len(set(keys)) == len(keys) == len(found) <= BUDGET
     per_round = Counter(x.round for x in found)
-    assert per_round[0] == 10 and set(per_round) == {0, 1, 2}
+    assert 0 < per_round[0] <= 10 and set(per_round) == {0, 1, 2}
     assert all(x.cost == 1.0 and x.why for x in found)
     assert {x.kind for x in found} == {"verdict", "preference"} and {"right", "wrong"} <= {x.outcome for x in found}
 

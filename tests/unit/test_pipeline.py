@@ -23,8 +23,8 @@ from trlhf.labelling import Archive, settle_questions
 from trlhf.ledger import Ledger
 from trlhf.models import encode_prompt, load_tokenizer
 from trlhf.rl import checkpoint
-from trlhf.rl import train as rl_train
 from trlhf.rl.checkpoint import Progress
+from trlhf.rl.round import RlInputs, Round
 from trlhf.run import BEGUN, RunDirectory
 from trlhf.targeting import Candidate
 from trlhf.tasks import Task
@@ -221,8 +221,8 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
 
     def buy(shift: int, labeler: ExactVerifier, ledger: Ledger) -> None:
         refit: Any = None
-        inputs = rl_train.RlInputs(POOL, tmp_path, tmp_path, ledger, labeler, Archive(POOL), refit)
-        trainer = rl_train._Round(config, stage, inputs, refit, refit, Progress(round=2))
+        inputs = RlInputs(POOL, tmp_path, tmp_path, ledger, labeler, Archive(POOL), refit)
+        trainer = Round(config, stage, inputs, refit, refit, Progress(round=2))
         monkeypatch.setattr(trainer, "_candidates", lambda: candidates(shift))
         trainer.buy_labels()
 

@@ -13,7 +13,7 @@ import pytest
 from trlhf.config import Config, RlConfig, TargetingConfig
 from trlhf.errors import UserError
 from trlhf.rl.checkpoint import Progress
-from trlhf.rl.train import _Round
+from trlhf.rl.round import Round
 from trlhf.types import Prompt
 
 
@@ -21,13 +21,13 @@ def prompts(name: str, count: int) -> list[Prompt]:
     return [Prompt(f"{name}{i}", (), task="open" if name == "o" else "exact") for i in range(count)]
 
 
-def round_of(share: float, exact: int = 0, open: int = 0, unverified: int = 0) -> _Round:
+def round_of(share: float, exact: int = 0, open: int = 0, unverified: int = 0) -> Round:
     config = Config(
         rl=RlConfig(prompts_per_step=20, open_share=0.1, unverified_share=share),
         targeting=TargetingConfig(strategy="uniform"),
     )
     none: Any = None
-    one = _Round(config, none, none, none, none, Progress())
+    one = Round(config, none, none, none, none, Progress())
     one.exact, one.open, one.unverified = prompts("e", exact), prompts("o", open), prompts("u", unverified)
     return one
 
@@ -51,7 +51,7 @@ def test_a_step_s_prompts_are_of_each_kind(share: float, pool: dict[str, int], d
     assert len({prompt.id for prompt in chosen}) == len(chosen)
 
 
-def prepared(share: float, tmp_path: Path) -> tuple[_Round, list[Any]]:
+def prepared(share: float, tmp_path: Path) -> tuple[Round, list[Any]]:
     """A round on a pool without any label."""
     one, fits = round_of(share), list[Any]()
 

@@ -4,65 +4,26 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from trlhf.advantages import gae, leave_one_out, whiten
 from trlhf.config import RlConfig
 from trlhf.errors import UserError
-from trlhf.logprobs import SequenceBatch, can_share_prompts, pad_sequences, response_logprobs
+from trlhf.logprobs import can_share_prompts, response_logprobs
 from trlhf.losses.ppo import kl_estimate, kl_loss, ppo_loss, value_loss
 from trlhf.masks import mask_from_lengths, masked_mean
 from trlhf.models import Reference
 from trlhf.rl.anchors import Anchor, anchor_loss
 from trlhf.rl.critic import Critic
 from trlhf.rl.experience import Group
+from trlhf.rl.rollout_batch import Experience
 
 Metrics = dict[str, float]
 MAX_BAD_STEPS = 3
-
-
-@dataclass
-class Experience:
-    """One rollout batch, ready for updates. Rows are responses, those of one prompt side by side; detached.
-
-    Attributes:
-        groups: the rows of each prompt.
-        prompts: the prompt's tokens for each row.
-        responses: the response's tokens for each row.
-        mask: [B R], True on response tokens.
-        old_logprobs: [B R] of the policy before the first update, at the sampling temperature.
-        reference_logprobs: [B R], likewise.
-        advantages: [B R], whitened.
-        old_values: [B R]; zeros without a critic.
-        returns: [B R]; zeros without a critic.
-    """
-
-    groups: list[list[int]]
-    prompts: list[tuple[int, ...]]
-    responses: list[tuple[int, ...]]
-    mask: Tensor
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
-    advantages: Tensor
-    old_values: Tensor
-    returns: Tensor
-
-    def batch(self, rows: Sequence[int], pad_id: int, share_prompts: bool) -> SequenceBatch:
-        """Return some rows as a batch for a forward pass."""
-        batch = pad_sequences([self.prompts[i] for i in rows], [self.responses[i] for i in rows], pad_id, share_prompts)
-        return batch.to(self.mask.device)
-
-    def cut(self, rows: Sequence[int], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return old and reference log-probabilities, advantages, old values and returns of some rows: [b width]."""
-        fields = (self.old_logprobs, self.reference_logprobs, self.advantages, self.old_values, self.returns)
-        old, reference, advantages, values, returns = (field[list(rows), :width] for field in fields)
-        return old, reference, advantages, values, returns
 
 
 class PpoLearner:
@@ -139,11 +100,7 @@ class PpoLearner:
                 chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
                 self._step(experience, order[start : start + per_minibatch], chosen, sums, warmup)
         steps, tokens = max(1.0, sums.pop("steps")), max(1.0, sums.pop("tokens"))
-        metrics |= {
-            name: value / tokens
-            for name, value in sums.items()
-            if name not in ("grad_norm", "anchor_kl", "first_ratio")
-        }
+        metrics |= {name: value / tokens for name, value in sums.items() if name not in ("grad_norm", "anchor_kl")}
         metrics |= {name: sums[name] / steps for name in ("grad_norm", "anchor_kl")}
         if config.kl_target is not None and not warmup:
             response_kl = metrics["kl"] * tokens / (rows * config.epochs)
@@ -169,7 +126,7 @@ class PpoLearner:
             *(blank.clone() for _ in range(5)),
         )
         with torch.no_grad():
-            for rows in self._microbatches(experience, experience.groups):
+            for rows in experience.microbatches(experience.groups, config.microbatch_size):
                 batch = experience.batch(rows, self.pad_id, self.share_prompts)
                 width = batch.response_mask.shape[1]
                 experience.old_logprobs[rows, :width] = response_logprobs(self.policy, batch, config.temperature)
@@ -206,14 +163,6 @@ class PpoLearner:
             "response_tokens": float(mask.sum(1).float().mean()),
         }
 
-    def _microbatches(self, experience: Experience, groups: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Yield rows in microbatches of like length, whole groups together where they fit."""
-        size = self.config.microbatch_size
-        ordered = sorted(groups, key=lambda group: sum(len(experience.responses[i]) for i in group))
-        rows = [row for group in ordered for row in group]
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
-
     def _step(
         self,
         experience: Experience,
@@ -228,7 +177,7 @@ class PpoLearner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad(set_to_none=True)
-        for rows in self._microbatches(experience, groups):
+        for rows in experience.microbatches(groups, config.microbatch_size):
             batch = experience.batch(rows, self.pad_id, self.share_prompts)
             mask = batch.response_mask
             old, reference, advantages, old_values, returns = experience.cut(rows, mask.shape[1])

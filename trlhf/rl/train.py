@@ -2,67 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
-from trlhf.data import LabelledPair, LabelledResponse
-from trlhf.errors import UserError
-from trlhf.knowledge import Knowledge
-from trlhf.labelling import Archive, settle_questions
-from trlhf.ledger import Ledger
-from trlhf.models import Reference, choose_device, encode_prompt, load_policy, load_tokenizer, save_policy
+from trlhf.models import Reference, choose_device, load_policy, load_tokenizer, save_policy
 from trlhf.rl import checkpoint
-from trlhf.rl.anchors import find_anchors
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner
-from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.ppo import PpoLearner
-from trlhf.rollout import Sampling, sample_responses
+from trlhf.rl.round import RlInputs, Round, samples_file
 from trlhf.run import StageDirectory
-from trlhf.seeding import numpy_rng, python_rng, torch_generator
-from trlhf.targeting import (
-    Candidate,
-    choose_pairs,
-    choose_verdicts,
-    fit_top_answer_model,
-    training_weights,
-)
-from trlhf.types import Labeler, Prompt, Question, Scorer
+from trlhf.seeding import python_rng
 
-log = logging.getLogger("trlhf")
-Refit = Callable[[Sequence[LabelledResponse], Sequence[LabelledPair]], Scorer]
-
-
-@dataclass(frozen=True)
-class RlInputs:
-    """What the stage needs of others.
-
-    Attributes:
-        pool: prompts to learn from.
-        sft: folder of the SFT model.
-        critic: folder of the model that the critic starts from (the reward model's backbone).
-        ledger: where labels are bought.
-        labeler: who answers.
-        archive: samples behind the labels bought so far.
-        refit: makes a scorer from labels; called once a round.
-    """
-
-    pool: Sequence[Prompt]
-    sft: Path
-    critic: Path
-    ledger: Ledger
-    labeler: Labeler
-    archive: Archive
-    refit: Refit
+__all__ = ["RlInputs", "train_rl"]
 
 
 def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[str, Any]:
@@ -90,7 +47,7 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
         advance(state.step)
         for number in range(state.round, rl.rounds + 1):
             state.round = number
-            trainer = _Round(config, stage, inputs, policy, tokenizer, state)
+            trainer = Round(config, stage, inputs, policy, tokenizer, state)
             if not state.planned:
                 trainer.buy_labels()
                 state.planned = True
@@ -127,182 +84,3 @@ def _learner(
         return DpoLearner(policy, reference, config.rl, pad_id)
     value = Critic(critic, config.model, device) if config.rl.advantage == "gae" else None
     return PpoLearner(policy, reference, value, config.rl, pad_id)
-
-
-def samples_file(number: int) -> str:
-    """Return the name of the file with a round's samples of labelled prompts."""
-    return f"round_{number:02d}_samples.jsonl"
-
-
-class _Round:
-    """One round of the loop over shared state."""
-
-    def __init__(
-        self,
-        config: Config,
-        stage: StageDirectory,
-        inputs: RlInputs,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        state: Progress,
-    ) -> None:
-        self.config, self.stage, self.inputs = config, stage, inputs
-        self.policy, self.tokenizer, self.state = policy, tokenizer, state
-        self.knowledge = Knowledge()
-        self.scorer: Scorer | None = None
-        self.exact: list[Prompt] = []
-        self.open: list[Prompt] = []
-        self.unverified: list[Prompt] = []
-
-    def buy_labels(self) -> None:
-        """Sample candidates, choose what to ask, ask, and note what was decided and why."""
-        config, number = self.config, self.state.round
-        candidates = self._candidates()
-        if number == 1:
-            ids = [encode_prompt(self.tokenizer, c.prompt.messages) for c in candidates]
-            self.state.anchors = find_anchors(candidates, ids)
-        self.inputs.ledger.ask(self.inputs.ledger.unanswered(), self.inputs.labeler)  # paid before a kill
-        labels = self.inputs.ledger.labels()
-        before = Knowledge([label for label in labels if label.round < number])
-        rng = numpy_rng(config.seed, "rl", "choose", number)
-        count = int(self._spendable(number, labels))
-        pairs_wanted = round(count * config.targeting.preference_share) if self._has_open() else 0
-        coefficients = None
-        if config.targeting.strategy == "frontier":
-            coefficients = fit_top_answer_model(*self._judged_shares([x for x in labels if x.round < number]))
-
-        def choose() -> list[Question]:
-            chosen = choose_pairs(candidates, pairs_wanted, rng, number)
-            chosen += choose_verdicts(
-                candidates, before, count - len(chosen), coefficients, config.rl.samples_per_prompt, rng, number
-            )
-            asked = {question.prompt.id for question in chosen}
-            new = Archive(self.inputs.pool)
-            for candidate in candidates:
-                if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
-                    new.add(candidate.rollouts)
-            self.stage.write_jsonl(samples_file(number), new.rows())
-            return chosen
-
-        questions = settle_questions(self.stage, f"round_{number:02d}_questions.jsonl", choose)
-        bought = self.inputs.ledger.ask(questions, self.inputs.labeler)
-        knowledge = self.inputs.ledger.knowledge()
-        for candidate in candidates:
-            rate = candidate.pass_rate(knowledge) if candidate.prompt.task == "exact" else None
-            if rate is not None:
-                self.state.pass_rates[candidate.prompt.id] = rate
-        right = sum(label.outcome == "right" for label in bought)
-        verdicts = sum(label.kind == "verdict" for label in bought)
-        decided = {
-            "round": number,
-            "candidates": len(candidates),
-            "labels_bought": len(bought),
-            "verdicts": verdicts,
-            "right": right,
-            "preferences": len(bought) - verdicts,
-            "budget_left": self.inputs.ledger.remaining,
-            "verifiable_prompts": len(knowledge.verifiable_prompts()),
-            "top_answer_model": None if coefficients is None else coefficients.tolist(),
-            "anchors": len(self.state.anchors),
-            "questions": [{"kind": q.kind, "prompt": q.prompt.id, "answer": q.answer, "why": q.why} for q in questions],
-        }
-        self.stage.write_json(f"round_{number:02d}.json", decided)
-        log.info(
-            "round %d: %d candidates sampled, %d verdicts bought (%d right), %d preferences; "
-            "%d prompts can now be verified, %g labels left",
-            number, len(candidates), verdicts, right, len(bought) - verdicts,
-            len(knowledge.verifiable_prompts()), self.inputs.ledger.remaining,
-        )  # fmt: skip
-
-    def prepare(self) -> None:
-        """Refit the reward model on all labels so far, and sort the pool into what can be trained on."""
-        self.inputs.archive.load(self.stage.path / samples_file(self.state.round))
-        labels = [label for label in self.inputs.ledger.labels() if label.round <= self.state.round]
-        self.knowledge = Knowledge(labels)
-        self.exact = [
-            p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None
-        ]
-        self.unverified = [
-            p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is None
-        ]
-        preferences = any(label.kind == "preference" for label in labels)
-        self.open = [p for p in self.inputs.pool if p.task == "open"] if preferences else []
-        if self.config.rl.unverified_share or self.open:
-            self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
-        if self.exact or self.open:
-            return
-        if not (self.unverified and self.config.rl.unverified_share):
-            raise UserError(
-                "rl: no prompt can be learned from: no verdict found a right answer and there are no preferences; "
-                f"raise targeting.budget={self.config.targeting.budget}, improve the SFT model first, or let the "
-                "reward model decide, less its uncertainty: rl.unverified_share=0.5; first delete the folder "
-                f"{self.stage.path} (labels already bought are kept)"
-            )
-        log.warning(
-            "round %d: no right answer is known yet, so it learns on unverified prompts alone, where the reward model "
-            "decides, less its uncertainty (rl.unverified_share=%g)",
-            self.state.round, self.config.rl.unverified_share,
-        )  # fmt: skip
-
-    def sample_groups(self) -> list[Group]:
-        """Draw this step's prompts, sample them and score the samples."""
-        rl, step = self.config.rl, self.state.step
-        prompts = self._draw_prompts(numpy_rng(self.config.seed, "rl", "prompts", step))
-        generator = torch_generator(self.config.seed, "rl", "rollouts", step)
-        sampling = Sampling(rl.temperature, rl.max_new_tokens, rl.samples_per_prompt, self.config.evaluation.batch_size)
-        sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator)
-        ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
-        groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl)
-        for group in groups:
-            if all(group.verified) and group.prompt.task == "exact":
-                self.state.pass_rates[group.prompt.id] = float(np.mean([reward > 0.5 for reward in group.rewards]))
-        return groups
-
-    def _draw_prompts(self, rng: np.random.Generator) -> list[Prompt]:
-        rl = self.config.rl
-        total = rl.prompts_per_step
-        unverified = self.unverified if rl.unverified_share else []
-        n_open = min(len(self.open), round(total * rl.open_share) if self.exact or unverified else total)
-        wanted = min(len(unverified), round(total * rl.unverified_share))
-        rates = [self.state.pass_rates.get(prompt.id) for prompt in self.exact]
-        weights = training_weights(
-            rates, self.config.targeting.samples_per_prompt, rl.samples_per_prompt, self.config.targeting.strategy
-        )
-        n_exact = min(len(self.exact), max(0, total - n_open - wanted))
-        n_unverified = total - n_open - n_exact  # where too few prompts can be verified, more than were asked for
-        chosen = (
-            [self.exact[i] for i in rng.choice(len(self.exact), n_exact, replace=False, p=weights)] if n_exact else []
-        )
-        chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
-        chosen += [unverified[i] for i in rng.permutation(len(unverified))[:n_unverified]]
-        return chosen
-
-    def _candidates(self) -> list[Candidate]:
-        """Sample the round's candidates from the current policy: a random part of the pool."""
-        config, number = self.config, self.state.round
-        rng = python_rng(config.seed, "rl", "candidates", number)
-        pool = list(self.inputs.pool)
-        prompts = rng.sample(pool, min(config.targeting.candidates, len(pool)))
-        sampling = Sampling(
-            config.rl.temperature,
-            config.rl.max_new_tokens,
-            config.targeting.samples_per_prompt,
-            config.evaluation.batch_size,
-        )
-        generator = torch_generator(config.seed, "rl", "candidates", number)
-        with progress_bar(f"round {number}: sampling candidates", len(prompts)) as advance:
-            sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator, advance)
-        return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
-
-    def _has_open(self) -> bool:
-        return any(prompt.task == "open" for prompt in self.inputs.pool)
-
-    def _spendable(self, number: int, labels: Sequence[Any]) -> float:
-        """Return this round's equal share of what is left; what it had bought before a restart counts as not spent."""
-        already = sum(float(label.cost) for label in labels if label.round == number)
-        return (self.inputs.ledger.remaining + already) // (self.config.rl.rounds - number + 1)
-
-    def _judged_shares(self, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each verdict so far the share of samples that gave the judged answer, and whether it was right."""
-        shares, right = self.inputs.archive.shares(labels)
-        return np.array(shares), np.array(right)
