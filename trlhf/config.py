@@ -116,11 +116,11 @@ class RlConfig:
     samples_per_prompt: int = setting(8, low=1)  # responses
     temperature: float = setting(1.0, above=0, remedy="sampling and log-probabilities share it")
     max_new_tokens: int = setting(160, low=1)
-    epochs: int = setting(1, low=1)  # passes over each rollout batch
+    epochs: int = setting(2, low=1)  # passes over each rollout batch
     minibatch_size: int = setting(64, low=1)  # responses per step
     microbatch_size: int = setting(64, low=1)  # responses per forward pass
-    learning_rate: float = setting(3e-4, above=0, below=1)
-    warmup_steps: int = setting(0, low=0)  # rollout batches
+    learning_rate: float = setting(5e-4, above=0, below=1)
+    warmup_steps: int = setting(2, low=0)  # rollout batches
     advantage: Literal["gae", "leave_one_out"] = "leave_one_out"
     gamma: float = setting(1.0, above=0, high=1)  # discount per token
     gae_lambda: float = setting(0.95, low=0, high=1)  # https://arxiv.org/abs/1506.02438, eq. 16
@@ -134,11 +134,11 @@ class RlConfig:
     kl_coef: float = setting(0.02, low=0)  # per nat
     kl_target: float | None = setting(None, above=0)  # nats per response; set: the coefficient adapts
     kl_horizon: int = setting(10_000, low=1)  # responses; https://arxiv.org/abs/1909.08593, sec. 2.2
-    anchor_coef: float = setting(0.5, low=0)  # per nat, full-token KL on mastered and untargeted prompts
+    anchor_coef: float = setting(0.2, low=0)  # per nat, full-token KL on mastered and untargeted prompts
     anchor_prompts: int = setting(8, low=0)  # per step
     missing_eos_penalty: float = setting(1.0, low=0)  # taken off the score of a response that never ends
     uncertainty_penalty: float = setting(1.0, low=0)  # kappa in mean - kappa * sd
-    open_share: float = setting(0.15, low=0, high=1)  # of each step's prompts: open ones, scored by the reward model
+    open_share: float = setting(0.1, low=0, high=1)  # of each step's prompts: open ones, scored by the reward model
     unverified_share: float = setting(
         0.0, low=0, high=1
     )  # of each step's prompts: exact ones that no label decides yet
@@ -160,7 +160,7 @@ class TargetingConfig:
         250, low=1, remedy="without labels nothing can be learned; give the number of labels you can pay for"
     )  # labels in the whole run, the reward stage's included
     samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
-    candidates: int = setting(256, low=1)  # pool prompts sampled per round
+    candidates: int = setting(128, low=1)  # pool prompts sampled per round
     prior_strength: float = setting(4.0, above=0)  # pseudo-labels in the Beta prior of a pass rate
     uniform_share: float = setting(0.25, low=0, high=1)  # of each round's labels, at random: calibration
     preference_share: float = setting(0.2, low=0, high=1)  # of the labels, where the pool has open prompts

@@ -107,3 +107,15 @@ def test_training_weights_sum_to_one_and_favour_the_frontier() -> None:
     weights = training_weights(rates, 8, 8, "frontier")
     assert weights.sum() == pytest.approx(1)
     assert weights[1] == weights[3] > 3 * weights[0] and weights[0] == pytest.approx(weights[2])
+
+
+def test_once_an_answer_is_ruled_out_the_next_one_gains() -> None:
+    """Five samples say 1, three say 2: with 1 known to be wrong, 2 is likely right, and the group is mixed."""
+    asked_before = candidate("x", ["1"] * 5 + ["2"] * 3)
+    assert asked_before.top_answer(Knowledge()) == ("1", 5 / 8, 5)
+    wrong = Knowledge([label("x", "1", "wrong")])
+    assert asked_before.top_answer(wrong) == ("2", 1.0, 3)
+    pool = [asked_before, candidate("y", ["1"] * 5 + ["2"] * 3)]
+    coefficients = fit_top_answer_model(np.array([]), np.array([]))
+    chosen = choose_verdicts(pool, wrong, 1, coefficients, 8, np.random.default_rng(0))
+    assert [(q.prompt.id, q.answer) for q in chosen] == [("x", "2")]

@@ -89,13 +89,13 @@ class Round:
     def buy_labels(self) -> None:
         """Sample candidates, choose what to ask, ask, and note what was decided and why."""
         config, number = self.config, self.state.round
-        candidates = self._candidates()
-        if number == 1:
-            ids = [encode_prompt(self.tokenizer, c.prompt.messages) for c in candidates]
-            self.state.anchors = find_anchors(candidates, ids)
         self.inputs.ledger.ask(self.inputs.ledger.unanswered(), self.inputs.labeler)  # paid before a kill
         labels = self.inputs.ledger.labels()
         before = Knowledge([label for label in labels if label.round < number])
+        candidates = self._candidates(before)
+        if number == 1:
+            ids = [encode_prompt(self.tokenizer, c.prompt.messages) for c in candidates]
+            self.state.anchors = find_anchors(candidates, ids)
         rng = numpy_rng(config.seed, "rl", "choose", number)
         count = int(self._spendable(number, labels))
         pairs_wanted = round(count * config.targeting.preference_share) if self._has_open() else 0
@@ -209,12 +209,22 @@ class Round:
         chosen += [unverified[i] for i in rng.permutation(len(unverified))[:n_unverified]]
         return chosen
 
-    def _candidates(self) -> list[Candidate]:
-        """Sample the round's candidates from the current policy: a random part of the pool."""
+    def _candidates(self, before: Knowledge) -> list[Candidate]:
+        """Sample the round's candidates from the current policy: a random part of the pool.
+
+        The frontier strategy takes first the prompts on which an answer was ruled out and none found right: there the
+        policy is known to be wrong, and another verdict can settle what is right.
+        """
         config, number = self.config, self.state.round
         rng = python_rng(config.seed, "rl", "candidates", number)
         pool = list(self.inputs.pool)
-        prompts = rng.sample(pool, min(config.targeting.candidates, len(pool)))
+        pinned: list[Prompt] = []
+        if config.targeting.strategy == "frontier":
+            pinned = [p for p in pool if before.ruled_out(p.id) and before.right_answer(p.id) is None]
+            pinned = pinned[: config.targeting.candidates // 2]
+        held = {prompt.id for prompt in pinned}
+        others = [prompt for prompt in pool if prompt.id not in held]
+        prompts = pinned + rng.sample(others, min(config.targeting.candidates - len(pinned), len(others)))
         sampling = Sampling(
             config.rl.temperature,
             config.rl.max_new_tokens,

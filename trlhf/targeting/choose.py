@@ -22,17 +22,18 @@ class Candidate:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
 
-    def top_answer(self, knowledge: Knowledge) -> tuple[str, float] | None:
-        """Return the most frequent answer that no label has judged, and its share of the samples; None without one."""
-        counts = Counter(
-            r.answer
-            for r in self.rollouts
-            if r.answer is not None and knowledge.known(self.prompt.id, r.answer) is None
-        )
+    def top_answer(self, knowledge: Knowledge) -> tuple[str, float, int] | None:
+        """Return the most frequent answer that no label has judged; None if there is none.
+
+        With it come its share of the samples that labels have not ruled out, and how many samples gave it.
+        """
+        known = [knowledge.known(self.prompt.id, r.answer) for r in self.rollouts]
+        counts = Counter(r.answer for r, fact in zip(self.rollouts, known, strict=True) if r.answer and fact is None)
         if not counts:
             return None
         answer, count = max(counts.items(), key=lambda item: (item[1], item[0]))
-        return answer, count / len(self.rollouts)
+        possible = sum(r.answer is None or fact is not False for r, fact in zip(self.rollouts, known, strict=True))
+        return answer, count / possible, count
 
     def pass_rate(self, knowledge: Knowledge) -> float | None:
         """Return the share of samples known to be right; None while the right answer is unknown."""
@@ -58,7 +59,11 @@ def spread(scores: Float[ndarray, " N"], kinds: Sequence[str], count: int) -> li
 
 
 def verdict_values(
-    shares: Float[ndarray, " N"], coefficients: Float[ndarray, " 2"], samples: int, group: int
+    shares: Float[ndarray, " N"],
+    counts: Float[ndarray, " N"],
+    samples: int,
+    coefficients: Float[ndarray, " 2"],
+    group: int,
 ) -> Float[ndarray, " N"]:
     """Return what a verdict on each prompt's top answer is expected to buy: P(right) · P(mixed group | right).
 
@@ -72,7 +77,7 @@ def verdict_values(
         group: samples per prompt in an update.
     """
     right = top_answer_probability(coefficients, shares)
-    mixed = frontier_value(1 + shares * samples, 1 + (1 - shares) * samples, group)
+    mixed = frontier_value(1 + counts, 1 + samples - counts, group)
     return np.asarray(right * mixed)
 
 
@@ -96,7 +101,7 @@ def choose_verdicts(
         rng: for the uniform choice.
         round_number: noted in the ledger.
     """
-    usable: list[tuple[Candidate, str, float]] = []
+    usable: list[tuple[Candidate, str, float, int]] = []
     for candidate in candidates:
         if candidate.prompt.task != "exact" or knowledge.right_answer(candidate.prompt.id) is not None:
             continue
@@ -109,18 +114,20 @@ def choose_verdicts(
         chosen = [int(i) for i in rng.permutation(len(usable))[:count]]
         why = ["uniform: drawn at random from the pool"] * len(usable)
     else:
-        shares = np.array([share for _, _, share in usable])
+        shares = np.array([share for _, _, share, _ in usable])
+        counts = np.array([number for _, _, _, number in usable])
         samples = len(usable[0][0].rollouts)
-        values = verdict_values(shares, coefficients, samples, group)
-        chosen = spread(values, [candidate.prompt.kind for candidate, _, _ in usable], count)
+        values = verdict_values(shares, counts, samples, coefficients, group)
+        chosen = spread(values, [candidate.prompt.kind for candidate, _, _, _ in usable], count)
         right = top_answer_probability(coefficients, shares)
         why = [
-            f"frontier: top answer {answer!r} has {share:.0%} of {samples} samples, P(right) {p:.2f}, value {value:.2f}"
-            for (_, answer, share), p, value in zip(usable, right, values, strict=True)
+            f"frontier: top answer {answer!r} has {number} of {samples} samples, {share:.0%} of those not ruled out; "
+            f"P(right) {p:.2f}, value {value:.2f}"
+            for (_, answer, share, number), p, value in zip(usable, right, values, strict=True)
         ]
     questions = []
     for i in chosen:
-        candidate, answer, _ = usable[i]
+        candidate, answer, _, _ = usable[i]
         response = next(r.text for r in candidate.rollouts if r.answer == answer)
         questions.append(Question("verdict", candidate.prompt, (response,), answer, why[i], round_number))
     return questions
