@@ -119,8 +119,8 @@ class RlConfig:
     epochs: int = setting(2, low=1)  # passes over each rollout batch
     minibatch_size: int = setting(64, low=1)  # responses per step
     microbatch_size: int = setting(64, low=1)  # responses per forward pass
-    learning_rate: float = setting(5e-4, above=0, below=1)
-    warmup_steps: int = setting(2, low=0)  # rollout batches
+    learning_rate: float = setting(3e-4, above=0, below=1)
+    warmup_steps: int = setting(4, low=0)  # rollout batches
     advantage: Literal["gae", "leave_one_out"] = "leave_one_out"
     gamma: float = setting(1.0, above=0, high=1)  # discount per token
     gae_lambda: float = setting(0.95, low=0, high=1)  # https://arxiv.org/abs/1506.02438, eq. 16
