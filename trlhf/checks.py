@@ -225,13 +225,12 @@ def _rl(config: Config) -> Iterator[Problem]:
             ("rl.dual_clip", "rl.clip_range"),
             f"rl.dual_clip={show(rl.dual_clip)} must be greater than 1+rl.clip_range={show(1 + rl.clip_range)}; try 3",
         )
-    for key, value in (("rl.warmup_steps", rl.warmup_steps), ("rl.value_warmup_steps", rl.value_warmup_steps)):
-        if value >= steps:
-            yield Problem(
-                (key, "rl.rounds", "rl.steps_per_round"),
-                f"{key}={value} must be smaller than rl.rounds*rl.steps_per_round={steps}, or the policy never learns; "
-                f"try {steps // 10}",
-            )
+    if rl.value_warmup_steps >= steps:
+        yield Problem(
+            ("rl.value_warmup_steps", "rl.rounds", "rl.steps_per_round"),
+            f"rl.value_warmup_steps={rl.value_warmup_steps} must be smaller than rl.rounds*rl.steps_per_round={steps}, "
+            f"or the policy never learns; try {steps // 10}",
+        )
 
 
 def _found(name: str) -> bool:

@@ -120,7 +120,7 @@ class RlConfig:
     minibatch_size: int = setting(64, low=1)  # responses per step
     microbatch_size: int = setting(64, low=1)  # responses per forward pass
     learning_rate: float = setting(3e-4, above=0, below=1)
-    warmup_steps: int = setting(4, low=0)  # rollout batches
+    warmup_ratio: float = setting(0.125, low=0, below=1)  # share of all rollout batches
     advantage: Literal["gae", "leave_one_out"] = "leave_one_out"
     gamma: float = setting(1.0, above=0, high=1)  # discount per token
     gae_lambda: float = setting(0.95, low=0, high=1)  # https://arxiv.org/abs/1506.02438, eq. 16

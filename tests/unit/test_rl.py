@@ -32,6 +32,7 @@ from trlhf.types import Label, Prompt, Rollout, Score
 
 PAD, EOS, SAMPLES, NEW_TOKENS = 3, 2, 8, 6
 RL = RlConfig(
+    epochs=1,
     prompts_per_step=8,
     samples_per_prompt=SAMPLES,
     max_new_tokens=NEW_TOKENS,

@@ -55,7 +55,7 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
             trainer.prepare()
             while state.step < number * rl.steps_per_round:
                 groups = trainer.sample_groups()
-                scale = min((state.step + 1) / max(1, rl.warmup_steps), 1 - state.step / total)
+                scale = min((state.step + 1) / max(1.0, rl.warmup_ratio * total), 1 - state.step / total)
                 warmup = rl.advantage == "gae" and state.step < rl.value_warmup_steps
                 last = learner.update(
                     groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
