@@ -223,7 +223,7 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
         refit: Any = None
         inputs = RlInputs(POOL, tmp_path, tmp_path, ledger, labeler, Archive(POOL), refit)
         trainer = Round(config, stage, inputs, refit, refit, Progress(round=2))
-        monkeypatch.setattr(trainer, "_candidates", lambda: candidates(shift))
+        monkeypatch.setattr(trainer, "_candidates", lambda _before: candidates(shift))
         trainer.buy_labels()
 
     with Ledger(tmp_path / "ledger.sqlite", 6) as ledger:
