@@ -380,9 +380,9 @@ def test_gradients_that_are_not_finite_stop_the_run_the_third_time(toy: Callable
 def test_a_finite_gradient_forgives_the_bad_ones(toy: Callable[..., Toy], config: RlConfig) -> None:
     trial = toy(config)
     groups = trial.sample(0)
-    trial.learner.bad_steps = 2
+    trial.learner.optimizer.bad_steps = 2
     trial.update(groups)
-    assert trial.learner.bad_steps == 0
+    assert trial.learner.optimizer.bad_steps == 0
 
 
 def test_warming_up_moves_the_critic_alone(toy: Callable[..., Toy]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trlhf.config import RlConfig
-from trlhf.errors import UserError
 from trlhf.logprobs import can_share_prompts, pad_sequences, response_logprobs
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.models import Reference
 from trlhf.rl.anchors import Anchor, anchor_loss
 from trlhf.rl.experience import Group
+from trlhf.rl.optimizer import GuardedOptimizer
 
 Metrics = dict[str, float]
 TokenIds = tuple[int, ...]
-MAX_BAD_STEPS = 3
 OPEN_GAP = 0.1  # least difference in P(preferred) for a pair that only the reward model tells apart
 
 
@@ -39,8 +38,9 @@ class Pair:
 def build_pairs(groups: Sequence[Group], per_group: int, rng: random.Random) -> list[Pair]:
     """Pair samples of each mixed group.
 
-    Where labels decide, each right sample with a wrong one, at random, up to ``per_group`` pairs. Where only the reward
-    model tells, the top sample with one about two standard deviations below it, not with the worst
+    Where labels decide, up to ``per_group`` pairs, each a right sample with the wrong one that parts from it last: what
+    two responses share cancels out of the loss, so that it falls on where they differ. Where only the reward model
+    tells, the top sample with one about two standard deviations below it, not with the worst
     (https://arxiv.org/abs/2502.16825), and only across a gap that means something.
     """
     pairs = []
@@ -52,8 +52,11 @@ def build_pairs(groups: Sequence[Group], per_group: int, rng: random.Random) -> 
             rng.shuffle(right)
             rng.shuffle(wrong)
             count = min(per_group, max(len(right), len(wrong))) if right and wrong else 0
+            uses: Counter[int] = Counter()
             for n in range(count):
-                i, j = right[n % len(right)], wrong[n % len(wrong)]
+                i = right[n % len(right)]
+                j = min(wrong, key=lambda j: (uses[j], -_common_prefix(ids[i], ids[j])))
+                uses[j] += 1
                 pairs.append(Pair(group.prompt_ids, ids[i], ids[j], True))
             continue
         rewards = torch.tensor(group.rewards)
@@ -68,17 +71,21 @@ def build_pairs(groups: Sequence[Group], per_group: int, rng: random.Random) -> 
     return pairs
 
 
+def _common_prefix(first: TokenIds, second: TokenIds) -> int:
+    """Return how many tokens two responses share from their start."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
 class DpoLearner:
     """The policy with its optimizer; arguments as for `trlhf.rl.ppo.PpoLearner`."""
 
     def __init__(self, policy: PreTrainedModel, reference: Reference, config: RlConfig, pad_id: int) -> None:
         self.policy, self.reference, self.config, self.pad_id = policy, reference, config, pad_id
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0
-        )
+        remedy = f"lower rl.learning_rate={config.learning_rate} or rl.beta={config.beta}"
+        self.optimizer = GuardedOptimizer(policy.parameters(), config.learning_rate, config, remedy)
         self.share_prompts = can_share_prompts(policy)
-        self.bad_steps = 0
 
     def update(
         self,
@@ -91,8 +98,7 @@ class DpoLearner:
         """Take ``config.epochs`` passes over the pairs of these groups, ``config.pairs_per_step`` a step."""
         del warmup  # nothing but the policy learns here
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * lr_scale
+        self.optimizer.scale(lr_scale)
         rewards = [reward for g in groups for reward in g.rewards]
         pairs = build_pairs(groups, config.pairs_per_prompt, rng)
         metrics: Metrics = {
@@ -115,7 +121,7 @@ class DpoLearner:
 
     def _step(self, pairs: Sequence[Pair], anchors: Sequence[Anchor], sums: defaultdict[str, float]) -> None:
         config = self.config
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         ordered = sorted(pairs, key=lambda pair: (len(pair.prompt_ids), pair.prompt_ids))  # equal prompts side by side
         size = max(1, config.microbatch_size // 2)
         for start in range(0, len(ordered), size):
@@ -130,18 +136,7 @@ class DpoLearner:
             sums["anchor_kl"] += float(held.detach())
         sums["steps"] += 1
         sums["seen"] += len(pairs)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-        if not torch.isfinite(norm):
-            self.bad_steps += 1
-            if self.bad_steps >= MAX_BAD_STEPS:
-                raise UserError(
-                    f"rl: the gradient was not finite {MAX_BAD_STEPS} steps in a row; lower "
-                    f"rl.learning_rate={config.learning_rate} or rl.beta={config.beta}"
-                )
-            return
-        self.bad_steps = 0
-        self.optimizer.step()
-        sums["grad_norm"] += float(norm)
+        sums["grad_norm"] += self.optimizer.step() or 0.0
 
     def _loss(self, pairs: Sequence[Pair], denominator: float) -> tuple[Tensor, Metrics]:
         """Compute the loss of a microbatch: rows are chosen, rejected, chosen, … so that they share their prompts."""
@@ -166,9 +161,8 @@ class DpoLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a continued run needs beside the weights of the policy."""
-        return {"optimizer": self.optimizer.state_dict(), "bad_steps": self.bad_steps}
+        return {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.bad_steps = state["bad_steps"]

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from trlhf.advantages import gae, leave_one_out, whiten
 from trlhf.config import RlConfig
-from trlhf.errors import UserError
 from trlhf.logprobs import can_share_prompts, response_logprobs
 from trlhf.losses.ppo import kl_estimate, kl_loss, ppo_loss, value_loss
 from trlhf.masks import mask_from_lengths, masked_mean
@@ -20,10 +19,10 @@ from trlhf.models import Reference
 from trlhf.rl.anchors import Anchor, anchor_loss
 from trlhf.rl.critic import Critic
 from trlhf.rl.experience import Group
+from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.rl.rollout_batch import Experience
 
 Metrics = dict[str, float]
-MAX_BAD_STEPS = 3
 
 
 class PpoLearner:
@@ -41,18 +40,14 @@ class PpoLearner:
         self, policy: PreTrainedModel, reference: Reference, critic: Critic | None, config: RlConfig, pad_id: int
     ) -> None:
         self.policy, self.reference, self.critic, self.config, self.pad_id = policy, reference, critic, config, pad_id
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0
-        )
-        self.critic_optimizer = (
-            torch.optim.AdamW(critic.parameters(), lr=config.value_learning_rate, eps=config.adam_eps, weight_decay=0.0)
-            if critic is not None
-            else None
-        )
+        remedy = f"lower rl.learning_rate={config.learning_rate} or raise rl.kl_coef={config.kl_coef}"
+        self.optimizer = GuardedOptimizer(policy.parameters(), config.learning_rate, config, remedy)
+        self.critic_optimizer: GuardedOptimizer | None = None
+        if critic is not None:
+            remedy = f"lower rl.value_learning_rate={config.value_learning_rate}"
+            self.critic_optimizer = GuardedOptimizer(critic.parameters(), config.value_learning_rate, config, remedy)
         self.share_prompts = can_share_prompts(policy)
         self.kl_coef = config.kl_coef
-        self.bad_steps = 0
 
     def update(
         self,
@@ -72,12 +67,9 @@ class PpoLearner:
             warmup: only the critic learns.
         """
         config = self.config
-        for optimizer, peak in (
-            (self.optimizer, config.learning_rate),
-            (self.critic_optimizer, config.value_learning_rate),
-        ):
-            for group in optimizer.param_groups if optimizer else ():
-                group["lr"] = peak * lr_scale
+        self.optimizer.scale(lr_scale)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.scale(lr_scale)
         used = [group for group in groups if group.mixed] if config.advantage == "leave_one_out" else list(groups)
         rewards = [reward for group in groups for reward in group.rewards]
         metrics: Metrics = {
@@ -174,9 +166,9 @@ class PpoLearner:
         """Take one optimizer step on a minibatch; add its sums to ``sums``."""
         config = self.config
         denominator = float(sum(len(experience.responses[i]) for group in groups for i in group))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.critic_optimizer is not None:
-            self.critic_optimizer.zero_grad(set_to_none=True)
+            self.critic_optimizer.zero_grad()
         for rows in experience.microbatches(groups, config.microbatch_size):
             batch = experience.batch(rows, self.pad_id, self.share_prompts)
             mask = batch.response_mask
@@ -200,28 +192,12 @@ class PpoLearner:
             held = anchor_loss(self.policy, self.reference, anchors, self.pad_id)
             (config.anchor_coef * held).backward()
             sums["anchor_kl"] += float(held.detach())
-        self._apply(sums, warmup)
+        if not warmup:
+            sums["grad_norm"] += self.optimizer.step() or 0.0
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.step()
         sums["tokens"] += denominator
         sums["steps"] += 1
-
-    def _apply(self, sums: defaultdict[str, float], warmup: bool) -> None:
-        """Clip and apply the gradients; a non-finite one skips the step, and several in a row stop the run."""
-        if not warmup:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-            if not torch.isfinite(norm):
-                self.bad_steps += 1
-                if self.bad_steps >= MAX_BAD_STEPS:
-                    raise UserError(
-                        f"rl: the gradient was not finite {MAX_BAD_STEPS} steps in a row; lower "
-                        f"rl.learning_rate={self.config.learning_rate} or raise rl.kl_coef={self.config.kl_coef}"
-                    )
-                return
-            self.bad_steps = 0
-            self.optimizer.step()
-            sums["grad_norm"] += float(norm)
-        if self.critic is not None and self.critic_optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.max_grad_norm)
-            self.critic_optimizer.step()
 
     @staticmethod
     def _add(sums: defaultdict[str, float], counts: Metrics) -> None:
@@ -235,7 +211,6 @@ class PpoLearner:
             "critic": self.critic.state_dict() if self.critic is not None else None,
             "critic_optimizer": self.critic_optimizer.state_dict() if self.critic_optimizer is not None else None,
             "kl_coef": self.kl_coef,
-            "bad_steps": self.bad_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -244,4 +219,4 @@ class PpoLearner:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.kl_coef, self.bad_steps = state["kl_coef"], state["bad_steps"]
+        self.kl_coef = state["kl_coef"]
