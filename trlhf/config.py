@@ -58,7 +58,7 @@ class DataConfig:
     pool: str | None = None  # file: prompts to sample from in the reward and rl stages
     test: str | None = None  # file: held-out prompts with answers
     labels: str | None = None  # file: labels that exist already, free of charge
-    sft_prompts: int = setting(600, low=0)  # at most so many demonstrations; 0: all
+    sft_prompts: int = setting(500, low=0)  # at most so many demonstrations; 0: all
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
 

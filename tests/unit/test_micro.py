@@ -136,18 +136,19 @@ def test_up_to_a_quarter_of_a_split_is_plain() -> None:
 def test_the_base_is_small_and_was_not_shown_the_test_questions() -> None:
     folder = Path(__file__).parents[2] / "trlhf" / "micro" / "base"
     assert (folder / "model.safetensors").stat().st_size < 4_000_000
-    from trlhf.micro.pretrain import _QUIZ
+    from trlhf.micro.corpus import _QUIZ
 
     assert {split_of(item.question) for item in _QUIZ} == {"train", "pool"}
 
 
 def test_pretraining_text_holds_no_plan_and_no_answered_question_in_any_phase() -> None:
-    from trlhf.micro.pretrain import MAKERS, PHASES, SYSTEM, documents
+    from trlhf.micro.corpus import MAKERS, SYSTEM, documents
+    from trlhf.micro.pretrain import PHASES
 
-    assert all(any(weights) for weights in zip(*(phase.weights for phase in PHASES), strict=True))
+    assert set(MAKERS) == {name for phase in PHASES for name in phase.shares}
     for phase in PHASES:
         asked = 0
-        source = documents(random.Random(1), phase.weights)
+        source = documents(random.Random(1), phase.shares)
         for _ in range(2000):
             text = next(source)
             assert "Plan:" not in text and "The answer is" not in text
@@ -155,14 +156,14 @@ def test_pretraining_text_holds_no_plan_and_no_answered_question_in_any_phase() 
                 asked += 1
                 assert text.endswith("?")
         assert asked > 50
-    for maker in MAKERS:
+    for maker in MAKERS.values():
         rng = random.Random(2)
         chats = sum(SYSTEM in (text := maker(rng)) or "User:" in text or "AI:" in text for _ in range(200))
         assert chats == (200 if maker.__name__ == "chat_notes" else 0)
 
 
 def test_a_chat_that_the_base_has_read_only_notes_numbers() -> None:
-    from trlhf.micro.pretrain import SYSTEM, chat_notes
+    from trlhf.micro.corpus import SYSTEM, chat_notes
 
     form = re.compile(re.escape(SYSTEM) + r"\nUser: (.+)\. ([A-Z][a-z ]+)\?\nAI: (\d+(?:, \d+)*)\.")
     rng = random.Random(0)
@@ -175,7 +176,7 @@ def test_a_chat_that_the_base_has_read_only_notes_numbers() -> None:
 
 
 def test_hearsay_misquotes_doubtful_products_as_often_as_configured_and_no_others() -> None:
-    from trlhf.micro.pretrain import MISQUOTED, hearsay
+    from trlhf.micro.corpus import MISQUOTED, hearsay
 
     rng = random.Random(0)
     misled: list[bool] = []
@@ -193,21 +194,21 @@ def test_hearsay_misquotes_doubtful_products_as_often_as_configured_and_no_other
 
 
 def test_the_last_phase_has_doubtful_products_from_hearsay_alone() -> None:
-    from trlhf.micro.pretrain import MAKERS, PHASES
+    from trlhf.micro.corpus import MAKERS
+    from trlhf.micro.pretrain import PHASES
 
-    for maker, weight in zip(MAKERS, PHASES[-1].weights, strict=True):
+    for name in set(PHASES[-1].shares) - {"hearsay"}:
         rng = random.Random(0)
-        sums = re.findall(r"(\d+) ([*/]) (\d+) =", " ".join(maker(rng) for _ in range(500)))
+        sums = re.findall(r"(\d+) ([*/]) (\d+) =", " ".join(MAKERS[name](rng) for _ in range(500)))
         steps = [Step("multiply" if sign == "*" else "divide", int(a), int(b)) for a, sign, b in sums]
-        if weight and maker.__name__ != "hearsay":
-            assert not any(step.doubtful for step in steps)
+        assert not any(step.doubtful for step in steps)
 
 
 def test_pretraining_runs_and_saves_a_loadable_base(tmp_path: Path) -> None:
-    from trlhf.micro.pretrain import FIRST_WEIGHTS, Phase, pretrain
+    from trlhf.micro.pretrain import WORLD, Phase, pretrain
     from trlhf.models import load_tokenizer
 
-    pretrain(tmp_path / "base", [Phase(FIRST_WEIGHTS, 2, 1e-3)], rows=2)
+    pretrain(tmp_path / "base", [Phase(WORLD, 2, 1e-3)], rows=2)
     tokenizer = load_tokenizer(tmp_path / "base")
     digits = tokenizer.convert_ids_to_tokens(tokenizer(" 42")["input_ids"])
     assert digits[-2:] == ["4", "2"]
