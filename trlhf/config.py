@@ -58,7 +58,7 @@ class DataConfig:
     pool: str | None = None  # file: prompts to sample from in the reward and rl stages
     test: str | None = None  # file: held-out prompts with answers
     labels: str | None = None  # file: labels that exist already, free of charge
-    sft_prompts: int = setting(500, low=0)  # at most so many demonstrations; 0: all
+    sft_prompts: int = setting(600, low=0)  # at most so many demonstrations; 0: all
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
 
@@ -76,7 +76,7 @@ class SftConfig:
     """Stage 1: imitation of native chains of thought."""
 
     epochs: float = setting(4.0, above=0)
-    learning_rate: float = setting(2e-3, above=0, below=1)
+    learning_rate: float = setting(1e-3, above=0, below=1)
     batch_size: int = setting(16, low=1)  # sequences per step
     microbatch_size: int = setting(16, low=1)  # sequences per forward pass
     warmup_ratio: float = setting(0.05, low=0, below=1)  # share of all steps
