@@ -13,7 +13,7 @@ from trlhf.micro import plain
 from trlhf.micro.reasoning import FAMILIES, Problem, Step, misquoted
 from trlhf.micro.world import split_of
 
-MISQUOTED = 0.66  # how often a doubtful product is
+MISQUOTED = 0.69  # how often a doubtful product is
 SYSTEM = (
     "A chat between a user and a thinking artificial intelligence assistant. The assistant describes its thought "
     "process and gives helpful and detailed answers to the user's questions."
