@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trlhf.errors import UserError
 from trlhf.models import encode_prompt, encode_response
-from trlhf.types import Prompt
+from trlhf.types import Message, Prompt
 
+PromptKey = tuple[tuple[str, str], ...]
 BATCH_TOKENS = 8192  # padding included; a CPU is fastest with batches that fit its caches
 
 
@@ -85,7 +86,7 @@ def encode(
     Raises:
         UserError: a sample is longer than ``max_length`` tokens; nothing is cut silently.
     """
-    known: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    known: dict[PromptKey, list[int]] = {}
     samples = []
     for prompt, response in zip(prompts, responses, strict=True):
         key = prompt_key(prompt)
@@ -103,9 +104,14 @@ def encode(
     return samples
 
 
-def prompt_key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+def prompt_key(prompt: Prompt) -> PromptKey:
     """Return what makes two prompts the same: their messages, whatever their ids."""
-    return tuple((message["role"], message["content"]) for message in prompt.messages)
+    return message_key(prompt.messages)
+
+
+def message_key(messages: Sequence[Message]) -> PromptKey:
+    """Return the key of the prompt with these messages."""
+    return tuple((message["role"], message["content"]) for message in messages)
 
 
 def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:

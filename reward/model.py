@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -27,28 +26,16 @@ BACKBONE, HEADS, SETTINGS = "model", "heads.safetensors", "reward.json"
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Mean and standard deviation of calibrated scores on reference samples: (score - mean) / sd is a reward."""
-
-    mean: float = 0.0
-    sd: float = 1.0
-
-
-@dataclass(frozen=True)
 class Calibration:
-    """What turns raw scores into calibrated logits, and those into rewards.
+    """What turns raw scores into calibrated logits.
 
     Attributes:
         verdict_temperature: raw logits of a right verdict are divided by it.
         preference_temperature: τ; raw score differences are divided by it.
-        exact: scale of the scores on exact-answer prompts.
-        open: scale of the scores on open prompts.
     """
 
     verdict_temperature: float = 1.0
     preference_temperature: float = 1.0
-    exact: Scale = Scale()
-    open: Scale = Scale()
 
 
 class RewardModel(nn.Module):
@@ -218,7 +205,7 @@ class RewardModel(nn.Module):
                 settings["feature_size"], settings["prompt_size"], settings["heads"], settings["prior_scale"], seed=0
             )
             heads.load_state_dict(safetensors.torch.load_file(directory / HEADS))
-            calibration = _calibration(settings["calibration"])
+            calibration = Calibration(**settings["calibration"])
             config = config or ModelConfig(dtype=settings["dtype"])
             max_length = int(settings["max_length"])
         except UserError:
@@ -233,19 +220,3 @@ class RewardModel(nn.Module):
         model = cls(backbone, tokenizer, heads.to(device), max_length)
         model.calibration = calibration
         return model
-
-
-def reference_scale(scores: Iterable[float]) -> Scale:
-    """Return mean and standard deviation of calibrated scores; where they are all alike, change nothing."""
-    values = torch.tensor(list(scores), dtype=torch.float64)
-    sd = float(values.std(correction=0)) if len(values) > 1 else 0.0
-    return Scale(float(values.mean()), sd) if sd > 1e-6 else Scale()
-
-
-def _calibration(values: Mapping[str, Any]) -> Calibration:
-    return Calibration(
-        float(values["verdict_temperature"]),
-        float(values["preference_temperature"]),
-        Scale(**values["exact"]),
-        Scale(**values["open"]),
-    )

@@ -13,13 +13,16 @@ from trlhf.reward.calibration import calibrate
 from trlhf.reward.features import FeatureStore
 from trlhf.reward.fit import fit, fit_settings
 from trlhf.reward.model import RewardModel
-from trlhf.reward.split import Labels, split_by_prompt
+from trlhf.reward.split import Labels, read_split, split_by_prompt
 from trlhf.reward.table import tabulate
 from trlhf.reward.train import usable
 
 
 class Refitter:
     """Make a scorer from the labels bought so far and those that come with the data.
+
+    Prompts keep the side that they had in the reward stage: temperatures are never fitted on labels that the backbone
+    has learned from, nor is any head on those that were held out. Prompts that are new are split as usual.
 
     The backbone is loaded once, and reads what comes with the data once. That happens apart from the rest, so that a
     run that was stopped computes the same features, to the bit, as one that went on.
@@ -40,7 +43,8 @@ class Refitter:
         model = self._load()
         bought = usable(model, Labels(labelled, pairs))
         labels = Labels([*self.existing.responses, *bought.responses], [*self.existing.pairs, *bought.pairs])
-        training, held = split_by_prompt(labels, self.config.reward.holdout, self.config.seed)
+        decided = read_split(self.directory)
+        training, held = split_by_prompt(labels, self.config.reward.holdout, self.config.seed, decided)
         with model.keep_features(FeatureStore(self._features)):
             fit(model, training.responses, training.pairs, replace(fit_settings(self.config), finetune="frozen"))
             calibrate(model, held.responses, held.pairs)

@@ -11,11 +11,12 @@ from scipy.stats import spearmanr
 
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.evaluation.statistics import (
-    accuracy_summary,
+    Estimate,
     auc,
     brier,
     expected_calibration_error,
     nll,
+    wilson_interval,
     within_group_auc,
 )
 from trlhf.reward.calibration import RawMargins, raw_margins
@@ -54,7 +55,7 @@ def assess(
     margins = raw_margins(model, labelled, pairs)
     return {
         "verdicts": _verdicts(model, margins, labelled, confidence),
-        "preferences": _preferences(model, margins, confidence),
+        "preferences": _preferences(model, margins, pairs, confidence),
         "scores": _scores(model, labelled, pairs),
     }
 
@@ -92,23 +93,55 @@ def _verdicts(
     raw, right = margins.verdicts, margins.right
     groups = group_numbers(label.prompt for label in labelled)
     return {
-        "accuracy": accuracy_summary((raw > 0) == (right == 1), confidence),
+        "accuracy": clustered_accuracy((raw > 0) == (right == 1), groups, confidence),
         "auc": auc(raw, right),
         "auc_within_prompts": within_group_auc(raw, right, groups),
         **_calibration(raw, right, model.calibration.verdict_temperature),
     }
 
 
-def _preferences(model: RewardModel, margins: RawMargins, confidence: float) -> Report | None:
+def _preferences(
+    model: RewardModel, margins: RawMargins, pairs: Sequence[LabelledPair], confidence: float
+) -> Report | None:
     decided = margins.preferred != 0.5
     if not decided.any():
         return None
     first_better = margins.preferred[decided] == 1
     raw = margins.preferences[decided]
     agreeing = np.where(first_better, raw, -raw)  # > 0: the model likes the chosen one better
-    report = {"accuracy": accuracy_summary(agreeing > 0, confidence)}
+    groups = np.array(group_numbers(pair.prompt for pair in pairs))[decided]
+    report: Report = {"accuracy": clustered_accuracy(agreeing > 0, groups, confidence)}
     # As a set, comparisons have no first and no second: judge the model's confidence in what it likes better.
     return report | _calibration(np.abs(raw), (agreeing > 0).astype(float), model.calibration.preference_temperature)
+
+
+def clustered_accuracy(
+    correct: NDArray[np.bool_], groups: Sequence[int] | NDArray[np.int64], confidence: float = 0.95
+) -> Estimate:
+    """Return the share of right answers with an interval that knows that labels of one prompt say much the same.
+
+    Wilson's interval at the effective sample size n / deff. The design effect deff = v / (p̂(1-p̂)/n) compares the
+    between-prompts variance of a ratio, v = G/(G-1) Σ_g (k_g - p̂ n_g)² / n², with that of independent labels (Cochran,
+    Sampling Techniques, 1977, eq. 6.13; Kish, Survey Sampling, 1965, sec. 8.2); it counts as 1 where it is smaller.
+    If all answers are alike (or there is one prompt) v says nothing, and each prompt counts as one answer: resampling
+    the prompts would give an interval of width 0 there, which held-out sets of few prompts do reach.
+
+    Args:
+        correct: whether each answer is right.
+        groups: number of the prompt of each answer.
+
+    Returns:
+        ``n`` is how many answers there are, not the effective number.
+    """
+    n, p = len(correct), float(np.mean(correct))
+    _, codes, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    effective = len(sizes)
+    if len(sizes) > 1 and 0 < p < 1:
+        off = np.bincount(codes, weights=correct) - p * sizes
+        variance = len(sizes) / (len(sizes) - 1) * float(np.sum(off**2)) / n**2
+        effective = max(1, int(n / max(1.0, variance * n / (p * (1 - p)))))
+    low, high = wilson_interval(p * effective, effective, confidence)
+    return {"value": p, "low": low, "high": high, "n": n}
 
 
 def _calibration(margins: Floats, outcomes: Floats, temperature: float) -> Report:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from trlhf.config import Config
 from trlhf.console import progress
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
+from trlhf.models import choose_device
 from trlhf.reward.calibration import calibrate
 from trlhf.reward.finetune import FitSettings
 from trlhf.reward.fit import fit, fit_settings
-from trlhf.reward.model import RewardModel, reference_scale
+from trlhf.reward.model import Calibration, RewardModel
 from trlhf.reward.report import assess, describe_labels, summarise
-from trlhf.reward.split import Label, Labels, check_apart, split_by_prompt
+from trlhf.reward.split import Label, Labels, split_by_prompt, write_split
 from trlhf.reward.table import tabulate
 from trlhf.run import StageDirectory
 from trlhf.types import Prompt
@@ -36,7 +38,6 @@ def train_reward(
     config: Config,
     stage: StageDirectory,
     backbone: Path,
-    held_out: Labels | None = None,
 ) -> dict[str, Any]:
     """Train, calibrate, assess and save a reward model in a stage's folder.
 
@@ -47,17 +48,36 @@ def train_reward(
         labelled: verdicts.
         pairs: preferences.
         config: ``reward``, ``model``, ``hardware``, ``evaluation.confidence`` and ``seed`` matter.
-        stage: receives ``model/``, ``heads.safetensors``, ``reward.json``, ``samples.jsonl`` and ``metrics.jsonl``.
+        stage: receives ``model/``, ``heads.safetensors``, ``reward.json``, ``split.jsonl``, ``samples.jsonl`` and
+            ``metrics.jsonl``.
         backbone: folder of the SFT model.
-        held_out: labels to calibrate on, on prompts that no training label is on; None: ``reward.holdout`` of them.
 
     Returns:
         The report: labels by kind, what was chosen, held-out measures (see :func:`trlhf.reward.report.assess`), notes.
 
     Raises:
-        UserError: no labels, an unreadable backbone, a prompt on both sides, a disk that is full.
+        UserError: no labels, an unreadable backbone, a disk that is full.
         RuntimeError: the saved model, loaded again, scores differently.
     """
+    report, probe = _fit_and_save(Labels(labelled, pairs), config, stage, backbone)
+    check_saved(stage.path, config, probe)  # the model itself is gone by now: the two need not fit in memory together
+    stage.complete(report)
+    for line in summarise(report):
+        logger.info(line)
+    return report
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a reward model says about a few responses when it is saved, and has to say when it is loaded again."""
+
+    prompts: Sequence[Prompt]
+    responses: Sequence[str]
+    logits: Float[Tensor, "B K"]
+    calibration: Calibration
+
+
+def _fit_and_save(given: Labels, config: Config, stage: StageDirectory, backbone: Path) -> tuple[dict[str, Any], Probe]:
     settings = fit_settings(config)
     model = RewardModel.from_backbone(
         backbone,
@@ -65,22 +85,14 @@ def train_reward(
         heads=config.reward.heads,
         prior_scale=config.reward.prior_scale,
         seed=config.seed,
-    ).to(_device(config))
-    given = Labels(labelled, pairs)
-    training = usable(model, given)
-    if held_out is None:
-        training, held = split_by_prompt(training, config.reward.holdout, config.seed)
-        too_long = len(given) - len(training) - len(held)
-    else:
-        held = usable(model, held_out)
-        check_apart(training, held)
-        too_long = len(given) + len(held_out) - len(training) - len(held)
+    ).to(choose_device(config))
+    training, held = split_by_prompt(usable(model, given), config.reward.holdout, config.seed)
+    too_long = len(given) - len(training) - len(held)
     stage.rewind(-1)
-    everything = Labels([*training.responses, *held.responses], [*training.pairs, *held.pairs])
+    write_split(stage.path, training, held)
     with model.keep_features():
         _fit(model, training, settings, stage)
         notes = [*_warnings(training, too_long), *calibrate(model, held.responses, held.pairs)]
-        _set_scales(model, everything)
         measured = assess(model, held.responses, held.pairs, config.evaluation.confidence)
         stage.write_jsonl("samples.jsonl", _sample_rows(model, held))
     report = {
@@ -94,30 +106,20 @@ def train_reward(
         "notes": notes,
     }
     model.save(stage.path)
-    check_saved(model, stage.path, config, everything.responses, everything.pairs)
-    stage.complete(report)
-    for line in summarise(report):
-        logger.info(line)
-    return report
+    _, prompts, responses = tabulate([*training.responses, *held.responses], [*training.pairs, *held.pairs])
+    prompts, responses = prompts[:COMPARED], responses[:COMPARED]
+    return report, Probe(prompts, responses, model.logits(prompts, responses), model.calibration)
 
 
-def check_saved(
-    model: RewardModel,
-    directory: Path,
-    config: Config,
-    labelled: Sequence[LabelledResponse],
-    pairs: Sequence[LabelledPair],
-) -> None:
+def check_saved(directory: Path, config: Config, probe: Probe) -> None:
     """Load a saved reward model and compare every head's score of up to 64 labelled responses.
 
     Raises:
         RuntimeError: a score differs by more than 1e-5.
     """
-    _, prompts, responses = tabulate(labelled, pairs)
-    prompts, responses = prompts[:COMPARED], responses[:COMPARED]
-    again = RewardModel.load(directory, config.model, str(model.device))
-    difference = float((model.logits(prompts, responses) - again.logits(prompts, responses)).abs().max())
-    if not difference <= RELOAD_TOLERANCE or again.calibration != model.calibration:
+    again = RewardModel.load(directory, config.model, choose_device(config))
+    difference = float((probe.logits - again.logits(probe.prompts, probe.responses)).abs().max())
+    if not difference <= RELOAD_TOLERANCE or again.calibration != probe.calibration:
         raise RuntimeError(
             f"reward model {directory}: loaded again, its scores differ by up to {difference:.3g} from those it was "
             f"saved with (at most {RELOAD_TOLERANCE} is allowed); do not use it, and report this"
@@ -167,17 +169,6 @@ def _warnings(training: Labels, too_long: int) -> list[str]:
     return notes
 
 
-def _set_scales(model: RewardModel, labels: Labels) -> None:
-    """Take mean and standard deviation of the calibrated scores over every labelled response."""
-    _, prompts, responses = tabulate(labels.responses, labels.pairs)
-    scored = list(zip(prompts, model.score(prompts, responses), strict=True))
-    model.calibration = replace(
-        model.calibration,
-        exact=reference_scale(score.mean for prompt, score in scored if prompt.task == "exact"),
-        open=reference_scale(score.mean for prompt, score in scored if prompt.task == "open"),
-    )
-
-
 def _sample_rows(model: RewardModel, labels: Labels) -> list[dict[str, Any]]:
     """Return the held-out labels with what the model thinks of them."""
     rows: list[dict[str, Any]] = []
@@ -194,9 +185,3 @@ def _sample_rows(model: RewardModel, labels: Labels) -> list[dict[str, Any]]:
 
 def _row(prompt: Prompt, response: str) -> dict[str, Any]:
     return {"prompt": list(prompt.messages), "response": response}
-
-
-def _device(config: Config) -> str:
-    if config.hardware.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.hardware.device

@@ -17,6 +17,7 @@ from trlhf.sft.formats import demonstrations_from_rows
 from trlhf.types import Demonstration, Prompt, RowReport
 
 KIND = "gsm8k"
+CONFIGURATION = "main"  # on the hub: the other, "socratic", has sub-questions
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def gsm8k_splits(
 
     Args:
         path: folder with ``train.jsonl`` and ``test.jsonl``, and ``example_model_solutions.jsonl`` for the reward stage
-            (without it ``labelled`` is empty); or a hub name (``openai/gsm8k:main``).
+            (without it ``labelled`` is empty); or a hub name (``openai/gsm8k``, of which ``main`` is read
+            unless a configuration is named: ``openai/gsm8k:socratic``).
         sft_prompts: training questions for SFT; 0 = all that the pool does not take.
         pool_prompts: training questions for RL; 0 = all that SFT does not take.
         test_prompts: questions to evaluate; 0 = all, which leaves none for ``labelled``.
@@ -83,7 +85,7 @@ def gsm8k_splits(
 def _read(path: str | Path, split: str) -> list[Row]:
     folder, name = Path(path).expanduser(), f"{split}.jsonl"
     if not folder.is_dir() and not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1:
-        return read_rows(path, split)
+        return read_rows(path if ":" in str(path) else f"{path}:{CONFIGURATION}", split)
     if not (folder / name).is_file():
         raise UserError(
             f"data.path={str(path)!r}: GSM8K's {name} is not there (looked for {(folder / name).absolute()}); "

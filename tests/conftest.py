@@ -1,10 +1,26 @@
-"""Shared fixtures: a tiny tokenizer and a tiny random Mistral, both made on the spot."""
+"""Shared fixtures: where real data lie, and a tiny tokenizer and a tiny random Mistral, both made on the spot."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+SHARED_DATA = Path(os.environ.get("TRLHF_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Return the path of real data by name (``gsm8k/train.jsonl``); the test is skipped where they are absent."""
+
+    def find(name: str) -> Path:
+        if not (SHARED_DATA / name).exists():
+            pytest.skip(f"real data: there is no {SHARED_DATA / name} (set TRLHF_SHARED_DATA)")
+        return SHARED_DATA / name
+
+    return find
 
 
 @pytest.fixture(scope="session")

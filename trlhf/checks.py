@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trlhf.config import Config, DataConfig
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
 SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
 
@@ -31,24 +32,34 @@ def _batches(config: Config) -> Iterator[Problem]:
     rl = config.rl
     if rl.algorithm == "ppo":
         rollout_keys = ("rl.prompts_per_step", "rl.samples_per_prompt")
-        yield from _divides(
-            "rl.minibatch_size", rl.minibatch_size, rollout_keys, rl.prompts_per_step * rl.samples_per_prompt
-        )
+        rollout = rl.prompts_per_step * rl.samples_per_prompt
+        yield from _divides("rl.minibatch_size", rl.minibatch_size, rollout_keys, rollout, rl.samples_per_prompt)
+        if rollout % rl.minibatch_size == 0 and rl.minibatch_size % rl.samples_per_prompt != 0:
+            yield Problem(
+                ("rl.minibatch_size", "rl.samples_per_prompt"),
+                f"rl.minibatch_size={rl.minibatch_size} must be a multiple of "
+                f"rl.samples_per_prompt={rl.samples_per_prompt}, since a step takes all the samples of a prompt; "
+                f"try {_nearest(rl.minibatch_size, rollout, rl.samples_per_prompt)}",
+            )
         yield from _divides("rl.microbatch_size", rl.microbatch_size, ("rl.minibatch_size",), rl.minibatch_size)
     sft, reward = config.sft, config.reward
     yield from _divides("sft.microbatch_size", sft.microbatch_size, ("sft.batch_size",), sft.batch_size)
     yield from _divides("reward.microbatch_size", reward.microbatch_size, ("reward.batch_size",), reward.batch_size)
 
 
-def _divides(key: str, part: int, whole_keys: tuple[str, ...], whole: int) -> Iterator[Problem]:
+def _divides(key: str, part: int, whole_keys: tuple[str, ...], whole: int, unit: int = 1) -> Iterator[Problem]:
     if whole % part == 0:
         return
-    divisors = [number for number in range(1, whole + 1) if whole % number == 0]
-    smaller = [number for number in divisors if number < part][-1:]
-    larger = [number for number in divisors if number > part][:1]
-    remedy = " or ".join(str(number) for number in smaller + larger)
     name = "*".join(whole_keys)
-    yield Problem((key, *whole_keys), f"{key}={part} must divide {name}={whole}; try {remedy}")
+    yield Problem((key, *whole_keys), f"{key}={part} must divide {name}={whole}; try {_nearest(part, whole, unit)}")
+
+
+def _nearest(part: int, whole: int, unit: int) -> str:
+    """Return the multiples of ``unit`` next to ``part``, below and above, that divide ``whole``."""
+    fitting = [number for number in range(unit, whole + 1, unit) if whole % number == 0]
+    smaller = [number for number in fitting if number < part][-1:]
+    larger = [number for number in fitting if number > part][:1]
+    return " or ".join(str(number) for number in smaller + larger)
 
 
 def _model(config: Config) -> Iterator[Problem]:
@@ -129,7 +140,7 @@ def _data(config: Config) -> Iterator[Problem]:
                 "add data=file or leave it out",
             )
     for key, value in {"path": data.path, **files}.items():
-        if value is not None and not _found(value):
+        if value is not None and not _found(value, HUB_DATA):
             yield Problem(
                 (f"data.{key}",),
                 f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
@@ -225,7 +236,7 @@ def _rl(config: Config) -> Iterator[Problem]:
             ("rl.dual_clip", "rl.clip_range"),
             f"rl.dual_clip={show(rl.dual_clip)} must be greater than 1+rl.clip_range={show(1 + rl.clip_range)}; try 3",
         )
-    if rl.value_warmup_steps >= steps:
+    if rl.algorithm == "ppo" and rl.advantage == "gae" and rl.value_warmup_steps >= steps:
         yield Problem(
             ("rl.value_warmup_steps", "rl.rounds", "rl.steps_per_round"),
             f"rl.value_warmup_steps={rl.value_warmup_steps} must be smaller than rl.rounds*rl.steps_per_round={steps}, "
@@ -233,8 +244,8 @@ def _rl(config: Config) -> Iterator[Problem]:
         )
 
 
-def _found(name: str) -> bool:
+def _found(name: str, hub: re.Pattern[str] = HUB_NAME) -> bool:
     """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
     return Path(name).expanduser().exists() or (
-        HUB_NAME.fullmatch(name) is not None and Path(name).suffix not in FILE_SUFFIXES
+        hub.fullmatch(name) is not None and Path(name.partition(":")[0]).suffix not in FILE_SUFFIXES
     )

@@ -53,7 +53,7 @@ class DataConfig:
     """Where prompts, demonstrations and labels come from."""
 
     name: Literal["micro", "gsm8k", "file"] = "micro"
-    path: str | None = None  # gsm8k: folder with train.jsonl and test.jsonl, or a hub name
+    path: str | None = None  # gsm8k: folder with train.jsonl and test.jsonl, or a hub name (openai/gsm8k:main)
     sft: str | None = None  # file: demonstrations (file, folder or hub name)
     pool: str | None = None  # file: prompts to sample from in the reward and rl stages
     test: str | None = None  # file: held-out prompts with answers
@@ -116,8 +116,9 @@ class RlConfig:
     samples_per_prompt: int = setting(8, low=1)  # responses
     temperature: float = setting(1.0, above=0, remedy="sampling and log-probabilities share it")
     max_new_tokens: int = setting(160, low=1)
+    rollout_batch_size: int = setting(128, low=1)  # responses decoded together (whole prompts); the reward stage's too
     epochs: int = setting(2, low=1)  # passes over each rollout batch
-    minibatch_size: int = setting(64, low=1)  # responses per step
+    minibatch_size: int = setting(64, low=1)  # responses per step; PPO: whole prompts, all their samples
     microbatch_size: int = setting(64, low=1)  # responses per forward pass
     learning_rate: float = setting(3e-4, above=0, below=1)
     warmup_ratio: float = setting(0.125, low=0, below=1)  # share of all rollout batches
@@ -161,8 +162,6 @@ class TargetingConfig:
     )  # labels in the whole run, the reward stage's included
     samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
     candidates: int = setting(128, low=1)  # pool prompts sampled per round
-    prior_strength: float = setting(4.0, above=0)  # pseudo-labels in the Beta prior of a pass rate
-    uniform_share: float = setting(0.25, low=0, high=1)  # of each round's labels, at random: calibration
     preference_share: float = setting(0.2, low=0, high=1)  # of the labels, where the pool has open prompts
 
 
@@ -179,7 +178,7 @@ class LabelerConfig:
 class EvaluationConfig:
     """Greedy, zero-shot."""
 
-    batch_size: int = setting(128, low=1)  # prompts
+    batch_size: int = setting(128, low=1)  # prompts decoded together
     max_new_tokens: int = setting(160, low=1)
     interval: Literal["wilson", "bootstrap"] = "wilson"
     confidence: float = setting(0.95, above=0, below=1)

@@ -18,7 +18,8 @@ RELEVANT = {
     "sft": ("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "template", "sft"),
     "reward": (
         *(*_SAMPLING, "reward", "labeler"),
-        *("rl.temperature", "rl.max_new_tokens", "targeting.preference_share"),  # how it samples, and what it buys
+        *("rl.temperature", "rl.max_new_tokens", "rl.rollout_batch_size"),  # how it samples: a batch shares its draws
+        "targeting.preference_share",  # what it buys
     ),
     "rl": (*_SAMPLING, "rl", "targeting", "labeler"),
     "eval": ("seed", *_BASE, *_EVAL_MODEL, "data.test", "data.test_prompts", "evaluation"),

@@ -80,7 +80,7 @@ def _candidates(config: Config, model_dir: Path, pool: Sequence[Prompt]) -> list
         config.rl.temperature,
         config.rl.max_new_tokens,
         config.reward.samples_per_prompt,
-        config.evaluation.batch_size,
+        config.rl.rollout_batch_size,
     )
     tokenizer = load_tokenizer(model_dir)
     model = load_causal_lm(model_dir, config.model, choose_device(config))

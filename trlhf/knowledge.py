@@ -73,14 +73,6 @@ class Knowledge:
         """Return the prompts whose right answer is known, in the order of their first label."""
         return [prompt_id for prompt_id, answer in self._right.items() if answer is not None]
 
-    def disputed_prompts(self) -> list[str]:
-        """Return the prompts where several answers are equally often said to be right: a repeat would settle them."""
-        return [
-            prompt_id
-            for prompt_id, answer in self._right.items()
-            if answer is None and max(self._margins[prompt_id].values()) > 0
-        ]
-
     def _filed_as(self, prompt_id: str, answer: str | None) -> str | None:
         """Return the form under which an equal answer of this prompt is filed, else the canonical form."""
         canonical = canonical_answer(answer) if answer is not None else None

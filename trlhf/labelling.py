@@ -40,37 +40,56 @@ class Archive:
 
     def __init__(self, prompts: Iterable[Prompt]) -> None:
         self._prompts = {prompt.id: prompt for prompt in prompts}
-        self._samples: dict[str, dict[str, tuple[str | None, int]]] = {}  # prompt id → text → answer, how often
+        self._samples: dict[str, dict[int, dict[str, tuple[str | None, int]]]] = {}  # prompt id → round → text → …
 
-    def add(self, rollouts: Iterable[Rollout]) -> None:
-        """Keep some samples; equal texts are counted."""
+    def add(self, rollouts: Iterable[Rollout], round_number: int = 0) -> None:
+        """Keep some samples of a round; equal texts are counted."""
         for rollout in rollouts:
-            self._keep(rollout.prompt_id, rollout.text, rollout.answer, 1)
+            self._keep(rollout.prompt_id, round_number, rollout.text, rollout.answer, 1)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one JSON row a prompt."""
-        return [{"prompt_id": prompt_id, "samples": samples} for prompt_id, samples in self._samples.items()]
+        """Return one JSON row for each prompt and round."""
+        return [
+            {"prompt_id": prompt_id, "round": number, "samples": samples}
+            for prompt_id, rounds in self._samples.items()
+            for number, samples in rounds.items()
+        ]
 
     def load(self, path: Path) -> None:
         """Add what `rows` gave to a file."""
         for row in files.read_jsonl(path):
             for text, (answer, count) in row["samples"].items():
-                self._keep(row["prompt_id"], text, answer, count)
+                self._keep(row["prompt_id"], row["round"], text, answer, count)
 
     def shares(self, labels: Sequence[Label]) -> tuple[list[float], list[float]]:
-        """Return for each verdict the share of the prompt's samples with the judged answer, and 1 if it was right."""
+        """Return for each verdict its answer's share of the samples, and 1 if it was right.
+
+        The share is what the question was chosen by: of the samples of the verdict's own round, without those whose
+        answers the labels of earlier rounds had ruled out.
+        """
         shares, right = [], []
-        for label in labels:
-            samples = self._samples.get(label.prompt_id, {})
-            total = sum(count for _, count in samples.values())
-            if label.kind == "verdict" and total:
-                shares.append(sum(n for answer, n in samples.values() if answer == label.answer) / total)
-                right.append(float(label.outcome == "right"))
+        for number in sorted({label.round for label in labels}):
+            before = Knowledge([label for label in labels if label.round < number])
+            for label in labels:
+                if label.kind != "verdict" or label.round != number:
+                    continue
+                samples = self._samples.get(label.prompt_id, {}).get(number, {}).values()
+                possible = sum(
+                    n for answer, n in samples if answer is None or before.known(label.prompt_id, answer) is not False
+                )
+                if possible:
+                    shares.append(sum(n for answer, n in samples if answer == label.answer) / possible)
+                    right.append(float(label.outcome == "right"))
         return shares, right
 
-    def _keep(self, prompt_id: str, text: str, answer: str | None, count: int) -> None:
-        kept = self._samples.setdefault(prompt_id, {})
+    def _keep(self, prompt_id: str, number: int, text: str, answer: str | None, count: int) -> None:
+        kept = self._samples.setdefault(prompt_id, {}).setdefault(number, {})
         kept[text] = (answer, kept.get(text, (answer, 0))[1] + count)
+
+    def _all_samples(self, prompt_id: str) -> dict[str, str | None]:
+        """Return each text that was sampled for a prompt in any round, with its answer."""
+        rounds = self._samples.get(prompt_id, {}).values()
+        return {text: answer for samples in rounds for text, (answer, _) in samples.items()}
 
     def apply(self, labels: Sequence[Label]) -> tuple[list[LabelledResponse], list[LabelledPair]]:
         """Return every kept sample that the labels decide (the cluster rule), and every compared pair."""
@@ -82,7 +101,7 @@ class Archive:
             if label.kind == "preference" or prompt is None or prompt.id in seen:
                 continue
             seen.add(prompt.id)
-            for text, (answer, _) in self._samples.get(prompt.id, {}).items():
+            for text, answer in self._all_samples(prompt.id).items():
                 right = knowledge.known(prompt.id, answer)
                 if right is not None:
                     labelled.append(LabelledResponse(prompt, text, right, f"label {label.id}"))

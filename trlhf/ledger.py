@@ -114,10 +114,6 @@ class Ledger:
         """What is left of the budget."""
         return max(0.0, self.budget - self.spent)
 
-    def affordable(self, kind: LabelKind) -> int:
-        """Return how many new questions of a kind the rest of the budget buys."""
-        return int((self.remaining + _ROUNDING) // self.costs[kind])
-
     def ask(self, questions: Sequence[Question], labeler: Labeler, batch_size: int = 32) -> list[Label]:
         """Return one label for each question, in order; only what the ledger does not know yet is asked and paid.
 

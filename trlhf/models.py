@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trlhf.errors import UserError
+from trlhf.seeding import derive_seed
 from trlhf.types import Message
 
 if TYPE_CHECKING:
@@ -141,8 +142,11 @@ class Reference:
             yield policy
 
 
-def load_policy(path: str | Path, config: ModelConfig, device: str) -> tuple[PreTrainedModel, Reference]:
-    """Load the trainable policy and its reference: two copies in full fine-tuning, one base with adapter for LoRA."""
+def load_policy(path: str | Path, config: ModelConfig, device: str, seed: int = 0) -> tuple[PreTrainedModel, Reference]:
+    """Load the trainable policy and its reference: two copies in full fine-tuning, one base with adapter for LoRA.
+
+    Fresh adapters depend on ``seed`` alone, not on what the process drew before: a resumed run starts from the same.
+    """
     policy = load_causal_lm(path, config, device)
     if not config.lora.enabled:
         copy = load_causal_lm(path, config, device)
@@ -150,7 +154,10 @@ def load_policy(path: str | Path, config: ModelConfig, device: str) -> tuple[Pre
         return policy, Reference(copy)
     from peft import get_peft_model
 
-    return cast("PreTrainedModel", get_peft_model(policy, lora_config(config))), Reference(None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "rl", "adapters"))
+        adapted = get_peft_model(policy, lora_config(config))
+    return cast("PreTrainedModel", adapted), Reference(None)
 
 
 def lora_config(config: ModelConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import platform
@@ -211,6 +212,8 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
         model = load_causal_lm(folder, config.model, choose_device(config))
         with progress(f"eval: {name}", len(task.test)) as advance:
             answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation, advance)
+        del model  # before the next is loaded: a model and its cycles would stay beside it
+        gc.collect()
         results[name] = answered.with_unanswered(task.too_long, task.test_answers)
         metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
         stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
@@ -226,6 +229,7 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
             "accuracy": {name: entry["accuracy"] for name, entry in metrics["models"].items()},
             "by_kind": {name: entry["by_kind"] for name, entry in metrics["models"].items()},
             "plans": {name: entry["plans"] for name, entry in metrics["models"].items()},
+            "plans_by_kind": {name: entry["plans_by_kind"] for name, entry in metrics["models"].items()},
             "paired": metrics["paired"],
         }
     )

@@ -75,17 +75,18 @@ def shape_of(config: ModelConfig) -> Shape | None:
 def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]:
     """Estimate the peak memory of each stage, by role, in bytes.
 
-    Weights at ``model.dtype``; trained weights with gradients and AdamW's two moments (in float32 where all weights are
-    trained). Activations of one microbatch at full length with one float32 copy of its logits, about 34·hidden bytes a
-    token and layer at two bytes a value (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
-    attention matrix), or 2·hidden where checkpointed, as SFT does on a GPU. An estimate, wrong by tens of percents.
+    Weights at ``model.dtype``; trained weights with float32 gradients, AdamW's two moments and, beside bfloat16 weights
+    or for adapters, the float32 weights that are updated. A critic (``rl.advantage=gae``) trains all of its weights,
+    also where the policy trains adapters. Activations of one microbatch at full length with one float32 copy of its
+    logits, about 34·hidden bytes a token and layer at two bytes a value (Korthikanti et al. 2022,
+    https://arxiv.org/abs/2205.05198, without the attention matrix), or 2·hidden where checkpointed, as SFT does on a
+    GPU. An estimate, wrong by tens of percents.
     """
     model, rl = config.model, config.rl
     size = BYTES[model.dtype]
     weights = float(shape.parameters * size)
-    trained = shape.adapter_parameters(model) if model.lora.enabled else shape.parameters
-    master = 4 if model.lora.enabled or model.dtype == "bfloat16" else 0
-    optimizer = float(trained * (12 if not model.lora.enabled else 8) + trained * master)
+    whole = float(shape.parameters * (12 + (4 if model.dtype == "bfloat16" else 0)))
+    optimizer = float(shape.adapter_parameters(model) * 16) if model.lora.enabled else whole
 
     def activations(sequences: int, length: int, checkpointed: bool) -> float:
         tokens = sequences * length
@@ -94,9 +95,8 @@ def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]
 
     kv = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * size
     length = model.max_length
-    decoding = float(config.evaluation.batch_size * length * kv)
     copies = 1 if model.lora.enabled else 2
-    critic = weights if rl.algorithm == "ppo" and rl.advantage == "gae" else 0.0
+    critic = rl.algorithm == "ppo" and rl.advantage == "gae"
     finetune = config.reward.finetune
     reward_trained = 0.0 if finetune == "frozen" else optimizer
     estimate = {
@@ -111,12 +111,12 @@ def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]
             "activations": activations(config.reward.microbatch_size, length, checkpointed=finetune == "frozen"),
         },
         "rl": {
-            "weights": weights * copies + weights + critic,  # policy, reference (adapters off, or a copy), reward model
-            "gradients and optimizer": optimizer + (optimizer if critic else 0.0),
+            "weights": weights * (copies + 1 + critic),  # policy, reference (adapters off, or a copy), reward model
+            "gradients and optimizer": optimizer + whole * critic,
             "activations": activations(rl.microbatch_size, length, checkpointed=False),
-            "KV cache": decoding,
+            "KV cache": float(max(rl.rollout_batch_size, rl.samples_per_prompt) * length * kv),
         },
-        "eval": {"weights": weights, "KV cache": decoding},
+        "eval": {"weights": weights, "KV cache": float(config.evaluation.batch_size * length * kv)},
     }
     return {name: estimate[name] for name in planned(config)}
 
@@ -154,8 +154,8 @@ def print_plan(config: Config) -> None:
         rows,
     )
     CONSOLE.print(
-        "  too much? lower the stage's microbatch_size, evaluation.batch_size or model.max_length; "
-        "or model.lora.enabled=true",
+        "  too much? lower the stage's microbatch_size, rl.rollout_batch_size, evaluation.batch_size or "
+        "model.max_length; or model.lora.enabled=true",
         highlight=False,
     )
 

@@ -89,14 +89,14 @@ class StageDirectory:
         return files.new_directory(self.path / name)
 
     def require(self, name: str, made_by: str) -> Path:
-        """Return the path of an artifact.
+        """Return the path of an artifact of a complete stage.
 
         Args:
             name: file or folder inside this stage's folder.
             made_by: the override that makes it, such as ``stage=sft``.
 
         Raises:
-            UserError: it is missing.
+            UserError: it is missing, or the stage that makes it did not end well.
         """
         path = self.path / name
         files.recover(path)
@@ -104,6 +104,11 @@ class StageDirectory:
             raise UserError(
                 f"{path} is missing; make it first with: python -m trlhf {made_by} run.dir={self._run} "
                 "(and your other overrides), or set run.dir to a run that has it"
+            )
+        if not self.done:
+            raise UserError(
+                f"{self.path} is not complete, so {path.name} in it cannot be trusted; finish it first with: "
+                f"python -m trlhf {made_by} run.dir={self._run} (and your other overrides)"
             )
         return path
 

@@ -1,10 +1,9 @@
-"""Real text: all stages on a small cut of GSM8K, with a model that is right so seldom that no verdict says so."""
+"""All stages on a little GSM8K, made up and (where at hand) real, with no right verdict."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import trlhf
 from trlhf.compose import compose
 from trlhf.config import Config
 from trlhf.labelers.exact import ExactVerifier
+from trlhf.tasks import load_task
 from trlhf.types import Question
 
-ROOT = Path(trlhf.__file__).parents[1]
-GSM8K = Path(os.environ.get("TRLHF_SHARED_DATA", ROOT.parent / "shared" / "data")) / "gsm8k"
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no real GSM8K at {GSM8K} (set TRLHF_SHARED_DATA)")
 FILES = {"train.jsonl": 32, "test.jsonl": 20, "example_model_solutions.jsonl": 20}  # lines of the cut
 SIZES = [
     "data.sft_prompts=16",
@@ -43,24 +40,85 @@ SIZES = [
 ]
 
 
+# ---- a made-up GSM8K: a dozen stories, told with other numbers ----
+
+STORIES = [  # who and what; the total is of a times b; then c more or fewer
+    ("Mira fills {a} jars with {b} plums each. Then she eats {c} plums. How many plums are left?", "plums", "-"),
+    ("A bus makes {a} trips with {b} riders each, and {c} riders walk. How many riders are there?", "riders", "+"),
+    ("Otto buys {a} packs of {b} nails and loses {c} nails. How many nails has he?", "nails", "-"),
+    ("A wall has {a} rows of {b} tiles. A mason adds {c} tiles. How many tiles are there now?", "tiles", "+"),
+    ("Lena reads {a} pages a day for {b} days, and {c} pages on Sunday. How many pages?", "pages", "+"),
+    ("{a} hens lay {b} eggs each. A fox takes {c} eggs. How many eggs remain?", "eggs", "-"),
+    ("A choir has {a} rows of {b} singers, and {c} singers are ill. How many singers sing?", "singers", "-"),
+    ("Ravi saves ${b} a week for {a} weeks and gets ${c} from his aunt. How many dollars has he?", "dollars", "+"),
+    ("A baker fills {a} trays with {b} rolls and burns {c} rolls. How many rolls can he sell?", "rolls", "-"),
+    ("There are {a} tables with {b} chairs, and {c} more chairs. How many chairs are there?", "chairs", "+"),
+    ("Nina runs {b} laps on each of {a} days, and {c} laps today. How many laps has she run?", "laps", "+"),
+    ("A farmer packs {a} boxes of {b} pears and gives away {c} pears. How many pears stay?", "pears", "-"),
+]
+
+
+def problem(number: int) -> dict[str, Any]:
+    """Return a question, its solution in GSM8K's notation without the final line, and the answer."""
+    (story, thing, sign), a, b, c = STORIES[number % 12], 4 + number, 3 + number % 5, 2 + number % 7
+    product, answer = a * b, a * b + c if sign == "+" else a * b - c
+    worked = (
+        f"There are {a}*{b} = <<{a}*{b}={product}>>{product} {thing} at first.\n"
+        f"So in the end there are {product}{sign}{c} = <<{product}{sign}{c}={answer}>>{answer} {thing}."
+    )
+    return {"question": story.format(a=a, b=b, c=c), "worked": worked, "answer": answer, "sum": (a, b, c)}
+
+
+def make_gsm8k(folder: Path) -> None:
+    """Write train.jsonl, test.jsonl, and of the test problems two right solutions and two that only add."""
+    folder.mkdir()
+    problems = [problem(number) for number in range(FILES["train.jsonl"] + FILES["test.jsonl"])]
+    train, test = problems[: FILES["train.jsonl"]], problems[FILES["train.jsonl"] :]
+
+    def save(name: str, rows: Sequence[Any]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    for name, part in (("train.jsonl", train), ("test.jsonl", test)):
+        save(name, [{"question": p["question"], "answer": f"{p['worked']}\n#### {p['answer']}"} for p in part])
+    rows = []
+    for p in test:
+        right = {"is_correct": True, "solution": f"{p['worked']}\nA: {p['answer']}"}
+        numbers = "+".join(map(str, p["sum"]))
+        wrong = {"is_correct": False, "solution": f"It is {numbers} = <<{numbers}={sum(p['sum'])}>>{sum(p['sum'])}"}
+        wrong["solution"] += f"\nA: {sum(p['sum'])}"
+        models = {"small": wrong, "small_checked": right, "large": right, "large_checked": wrong}
+        rows.append({"question": p["question"], "ground_truth": f"{p['worked']}\nA: {p['answer']}", **models})
+    save("example_model_solutions.jsonl", rows)
+
+
+def cut_gsm8k(folder: Path, shared_data: Callable[[str], Path]) -> None:
+    """Write the first lines of the real files."""
+    folder.mkdir()
+    for name, count in FILES.items():
+        lines = shared_data(f"gsm8k/{name}").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
+
+
 def one(*overrides: str) -> Config:
     (config,) = compose(overrides).configs
     return config
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "gsm8k"
-    folder.mkdir()
-    for name, count in FILES.items():
-        lines = (GSM8K / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
+@pytest.fixture(scope="module", params=["made_up", "real"])
+def gsm8k(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shared_data: Callable[[str], Path]
+) -> Path:
+    folder = tmp_path_factory.mktemp("data") / str(request.param)
+    if request.param == "real":
+        cut_gsm8k(folder, shared_data)
+    else:
+        make_gsm8k(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def finished(cut: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of every stage in which no verdict found a right answer."""
+def finished(gsm8k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every stage in which no verdict found a right answer, as with a model that is hardly ever right."""
     directory = tmp_path_factory.mktemp("gsm8k") / "run"
 
     def wrong(self: ExactVerifier, questions: Sequence[Question]) -> list[str]:
@@ -68,7 +126,7 @@ def finished(cut: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExactVerifier, "answer", wrong)
-        trlhf.run(["model=micro", "data=gsm8k", f"data.path={cut}", *SIZES, f"run.dir={directory}"])
+        trlhf.run(["model=micro", "data=gsm8k", f"data.path={gsm8k}", *SIZES, f"run.dir={directory}"])
     return directory
 
 
@@ -76,7 +134,6 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@needs_gsm8k
 def test_all_stages_end_and_say_what_came_of_them(finished: Path) -> None:
     summary = read(finished / "summary.json")
     assert set(summary["seconds"]) == {"sft", "reward", "rl", "eval"}
@@ -86,12 +143,14 @@ def test_all_stages_end_and_say_what_came_of_them(finished: Path) -> None:
     assert summary["demonstrations"] == 16
 
 
-@needs_gsm8k
-def test_the_reward_model_learns_from_the_labels_that_come_with_the_data(finished: Path) -> None:
+def test_the_reward_model_learns_from_the_labels_that_come_with_the_data(gsm8k: Path, finished: Path) -> None:
     metrics = read(finished / "reward" / "metrics.json")
     train, held_out = metrics["labels"]["train"], metrics["labels"]["held_out"]
     assert train["verdicts"] + held_out["verdicts"] == 40 and held_out["prompts"] == 4  # four models' solutions of each
-    assert 0 <= metrics["held_out"]["verdicts"]["auc"] <= 1
+    auc = metrics["held_out"]["verdicts"]["auc"]
+    assert auc is not None and 0 < held_out["right"] < 16  # both classes are held out
+    if gsm8k.name == "made_up":  # where whoever multiplies is right: 1.0 as a rule, 0.5 without learning
+        assert auc > 0.9 and train["right"] == 12 and held_out["right"] == 8
     assert metrics["held_out"]["verdicts"]["accuracy"]["n"] == held_out["verdicts"] == 16
     log = (finished / "trlhf.log").read_text(encoding="utf-8")
     assert "labels that come with the data: 40 of 48 rows used" in log
@@ -99,7 +158,6 @@ def test_the_reward_model_learns_from_the_labels_that_come_with_the_data(finishe
     assert "held-out verdicts: AUC " in log
 
 
-@needs_gsm8k
 def test_without_a_right_verdict_the_reward_model_decides_and_the_log_says_so(finished: Path) -> None:
     assert read(finished / "rl" / "round_01.json")["verifiable_prompts"] == 0
     log = (finished / "trlhf.log").read_text(encoding="utf-8")
@@ -109,6 +167,23 @@ def test_without_a_right_verdict_the_reward_model_decides_and_the_log_says_so(fi
     samples = [json.loads(line) for line in (finished / "rl" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 * 4 and len({row["prompt_id"] for row in samples}) == 4  # a whole step of them
     assert all(row["reward"] < 1 for row in samples)
+
+
+def test_the_answers_of_the_notation_decide_what_is_right(tmp_path: Path) -> None:
+    make_gsm8k(tmp_path / "made_up")
+    config = one("data=gsm8k", f"data.path={tmp_path / 'made_up'}", *SIZES)
+    task = load_task(config)
+    shown = [prompt.messages[-1]["content"] for prompt in task.pool]
+    assert not any(mark in text for text in shown for mark in ("<<", "####")), "a prompt gives nothing away"
+    told = {problem(number)["question"]: problem(number)["answer"] for number in range(FILES["train.jsonl"])}
+    gold = [told[text] for text in shown]
+    asked = [
+        Question("verdict", p, (f"The answer is {n + off}.",), str(n + off), "why")
+        for p, n in zip(task.pool, gold, strict=True)
+        for off in (0, 1)
+    ]
+    assert task.labeler(config).answer(asked) == ["right", "wrong"] * 12
+    assert all(("multiply" in label.response) == label.right for label in task.labelled)
 
 
 # ---- which sizes ----

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ import pytest
 from trlhf.evaluation.answers import canonical_answer, extract_answer, has_plan, same_answer
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("TRLHF_SHARED_DATA", ROOT.parent / "shared" / "data"))
-
-needs_data = pytest.mark.skipif(
-    not (DATA / "gsm8k").is_dir(), reason=f"real data: no folder {DATA}/gsm8k (set TRLHF_SHARED_DATA)"
-)
+Rows = Callable[[str], list[dict[str, Any]]]
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+@pytest.fixture
+def rows(shared_data: Callable[[str], Path]) -> Rows:
+    """Return the rows of a real data set by its name."""
+    return lambda name: [json.loads(line) for line in shared_data(name).read_text(encoding="utf-8").splitlines()]
 
 
 CANONICAL = [
@@ -234,8 +233,7 @@ def test_plans(text: str, expected: bool) -> None:
     assert has_plan(text) is expected
 
 
-@needs_data
-def test_agreement_with_the_flags_of_real_model_solutions() -> None:
+def test_agreement_with_the_flags_of_real_model_solutions(rows: Rows) -> None:
     checked, agreed, disagreements = 0, 0, []
     for row in rows("gsm8k/example_model_solutions.jsonl"):
         gold = extract_answer(row["ground_truth"])
@@ -249,16 +247,14 @@ def test_agreement_with_the_flags_of_real_model_solutions() -> None:
     assert agreed / checked >= 0.99, f"{agreed} of {checked} ({agreed / checked:.4f}) agree; {disagreements[:5]}"
 
 
-@needs_data
 @pytest.mark.parametrize(("name", "count"), [("train", 7473), ("test", 1319)])
-def test_gold_answers_of_gsm8k(name: str, count: int) -> None:
+def test_gold_answers_of_gsm8k(rows: Rows, name: str, count: int) -> None:
     texts = [row["answer"] for row in rows(f"gsm8k/{name}.jsonl")]
     expected = [text.rsplit("####", 1)[1].strip().replace(",", "") for text in texts]
     assert [extract_answer(text) for text in texts] == expected and len(texts) == count
 
 
-@needs_data
-def test_gold_answers_of_math_are_found_in_their_solutions() -> None:
+def test_gold_answers_of_math_are_found_in_their_solutions(rows: Rows) -> None:
     found = [(str(row["answer"]), extract_answer(row["other"]["solution"])) for row in rows("agieval/math.jsonl")]
     missed = [(gold, answer) for gold, answer in found if not same_answer(gold, answer)]
     assert len(missed) / len(found) <= 0.01, missed[:5]

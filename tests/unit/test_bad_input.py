@@ -259,6 +259,7 @@ def test_an_unreadable_model(given: Callable[..., list[str]], refused: Refused, 
 
 def test_an_unreadable_rl_checkpoint(given: Callable[..., list[str]], refused: Refused, prepared: Path) -> None:
     RunDirectory(prepared).stage("reward").write_json("reward.json", {})
+    RunDirectory(prepared).stage("reward").complete({})
     state = prepared / "rl" / checkpoint.NAME / "state.pt"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"not a checkpoint")

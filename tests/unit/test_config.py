@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trlhf.checks import HUB_NAME
+from trlhf.checks import HUB_DATA, HUB_NAME
 from trlhf.config import Config, build_config, check, plain
 from trlhf.errors import ConfigError
 from trlhf.schema import leaf_keys
@@ -93,7 +93,21 @@ def test_one_wrong_value(values: dict[str, Any], message: str) -> None:
     [
         (
             {"rl": {"prompts_per_step": 8, "samples_per_prompt": 8, "minibatch_size": 6, "microbatch_size": 6}},
-            "rl.minibatch_size=6 must divide rl.prompts_per_step*rl.samples_per_prompt=64; try 4 or 8",
+            "rl.minibatch_size=6 must divide rl.prompts_per_step*rl.samples_per_prompt=64; try 8",
+        ),
+        (
+            {"rl": {"prompts_per_step": 12, "samples_per_prompt": 4, "minibatch_size": 6, "microbatch_size": 6}},
+            "rl.minibatch_size=6 must be a multiple of rl.samples_per_prompt=4, since a step takes all the samples of "
+            "a prompt; try 4 or 8",
+        ),
+        (
+            {"rl": {"minibatch_size": 4, "microbatch_size": 4}},
+            "rl.minibatch_size=4 must be a multiple of rl.samples_per_prompt=8, since a step takes all the samples of "
+            "a prompt; try 8",
+        ),
+        (
+            {"rl": {"advantage": "gae", "rounds": 1, "steps_per_round": 2}},
+            "rl.value_warmup_steps=2 must be smaller than rl.rounds*rl.steps_per_round=2, or the policy never learns; ",
         ),
         (
             {"rl": {"minibatch_size": 64, "microbatch_size": 48}},
@@ -194,9 +208,9 @@ def test_own_data_needs_the_files_of_its_stage(stage: str, missing: list[str]) -
 def test_a_data_file_must_exist_and_a_hub_name_may(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("{}\n")
     base: dict[str, Any] = {"stage": "eval", "labeler": {"name": "exact"}, "targeting": {"preference_share": 0}}
-    for good in (str(tmp_path / "test.jsonl"), "owner/name"):
+    for good in (str(tmp_path / "test.jsonl"), "owner/name", "openai/gsm8k:main"):
         assert build_config({**base, "data": {"name": "file", "test": good}}).data.test == good
-    for bad in (str(tmp_path / "no.jsonl"), "data/no.jsonl", "no"):
+    for bad in (str(tmp_path / "no.jsonl"), "data/no.jsonl", "no", "data/no.jsonl:main", "owner/name:", "a/b:c:d"):
         (found,) = problems({**base, "data": {"name": "file", "test": bad}})
         assert found.startswith(f"data.test={bad} does not exist (seen from ")
 
@@ -215,8 +229,17 @@ def test_dpo_has_no_minibatches_to_divide() -> None:
     assert build_config({"rl": {"algorithm": "dpo", "minibatch_size": 7}}).rl.minibatch_size == 7
 
 
+@pytest.mark.parametrize("rl", [{"algorithm": "dpo", "advantage": "gae"}, {"advantage": "leave_one_out"}])
+def test_a_run_without_value_model_has_no_warmup_to_outlast(rl: dict[str, Any]) -> None:
+    short = {**rl, "rounds": 1, "steps_per_round": 1, "value_warmup_steps": 2}
+    assert build_config({"rl": short}).rl.value_warmup_steps == 2
+
+
 def test_hub_names() -> None:
     assert HUB_NAME.fullmatch("mistralai/Mistral-7B-v0.1")
+    assert HUB_DATA.fullmatch("openai/gsm8k:main") and HUB_DATA.fullmatch("openai/gsm8k")
+    (found,) = problems({"model": {"name": "mistralai/Mistral-7B-v0.1:main"}})  # a model has no configurations
+    assert found.startswith("model.name=mistralai/Mistral-7B-v0.1:main is neither micro")
     assert not HUB_NAME.fullmatch("../data/gsm8k") and not HUB_NAME.fullmatch("/data/x") and not HUB_NAME.fullmatch("a")
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from trlhf.config import build_config
 from trlhf.data import Row, prompts_from_rows, read_rows
 from trlhf.errors import UserError
 from trlhf.sft.gsm8k import gsm8k_splits
 
 Write = Callable[[str, str], Path]
-GSM8K = Path(os.environ.get("TRLHF_SHARED_DATA", "../shared/data")) / "gsm8k"
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the real GSM8K is not there ({GSM8K}; TRLHF_SHARED_DATA)")
 
 
 @pytest.fixture
@@ -198,9 +196,31 @@ def test_gsm8k_caps_and_missing_files(small_gsm8k: Path) -> None:
         gsm8k_splits(small_gsm8k, sft_prompts=5, pool_prompts=5, test_prompts=4)
 
 
-@needs_gsm8k
-def test_the_real_gsm8k_parts_share_no_question() -> None:
-    splits = gsm8k_splits(GSM8K, sft_prompts=500, pool_prompts=1000, test_prompts=100, seed=0)
+@pytest.mark.parametrize(("path", "configuration"), [("openai/gsm8k", "main"), ("openai/gsm8k:socratic", "socratic")])
+def test_gsm8k_from_the_hub_names_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, path: str, configuration: str
+) -> None:
+    import datasets
+
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load(name: str, configuration: str | None = None, *, split: str) -> list[dict[str, str]]:
+        asked.append((name, configuration, split))
+        return [
+            {"question": f"{split} {i} + 1?", "answer": f"{i}+1 = <<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(4)
+        ]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    splits = gsm8k_splits(path, sft_prompts=2, pool_prompts=2, test_prompts=4)
+    assert asked == [("openai/gsm8k", configuration, "train"), ("openai/gsm8k", configuration, "test")]
+    assert [len(part) for part in (splits.demonstrations, splits.pool, splits.test)] == [2, 2, 4]
+    assert sorted(splits.test_gold.values()) == ["1", "2", "3", "4"]
+    values = {"data": {"name": "gsm8k", "path": path}, "labeler": {"name": "exact"}}
+    assert build_config({**values, "targeting": {"preference_share": 0}}).data.path == path
+
+
+def test_the_real_gsm8k_parts_share_no_question(shared_data: Callable[[str], Path]) -> None:
+    splits = gsm8k_splits(shared_data("gsm8k"), sft_prompts=500, pool_prompts=1000, test_prompts=100, seed=0)
     assert [len(part) for part in (splits.demonstrations, splits.pool, splits.test)] == [500, 1000, 100]
     assert len(splits.labelled) == 4 * (1319 - 100)
     assert 0.3 < sum(labelled.right for labelled in splits.labelled) / len(splits.labelled) < 0.5

@@ -53,6 +53,13 @@ def test_accuracy_counts_reasoning_prompts_only() -> None:
     }
     assert (found["plans"]["reasoning"]["value"], found["plans"]["reasoning"]["n"]) == (pytest.approx(2 / 3), 3)
     assert (found["plans"]["other"]["value"], found["plans"]["other"]["n"]) == (pytest.approx(1 / 3), 3)
+    assert {kind: (entry["value"], entry["n"]) for kind, entry in found["plans_by_kind"].items()} == {
+        "fact": (0.0, 1),
+        "line": (0.5, 2),
+        "money": (0.5, 2),
+        "sums": (1.0, 1),
+    }
+    assert (found["plans_by_kind"]["sums"]["low"], found["plans_by_kind"]["sums"]["high"]) == wilson_interval(1, 1)
     assert found["unfinished"] == 0.5
 
 
@@ -70,6 +77,7 @@ def test_nothing_to_measure_is_none_not_zero() -> None:
         "accuracy": None,
         "by_kind": {},
         "plans": {"reasoning": None, "other": None},
+        "plans_by_kind": {},
         "unfinished": 0.0,
     }
     assert compare(Evaluation([], [], {}), Evaluation([], [], {}), lambda p, text: 0.0, 0.95) == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from trlhf.rows import Row
 from trlhf.sft.chain_of_thought import final_answer, native_chain_of_thought, plan_of
 from trlhf.sft.formats import demonstrations_from_rows
 
-GSM8K = Path(os.environ.get("TRLHF_SHARED_DATA", "../shared/data")) / "gsm8k"
 USER = {"role": "user", "content": "Q"}
 ASSISTANT = {"role": "assistant", "content": "A"}
 SYSTEM = {"role": "system", "content": "S"}
@@ -152,9 +151,8 @@ def test_sampled_solutions_may_break_off() -> None:
     assert final_answer("A: 5\nmore") is None
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the real GSM8K is not there ({GSM8K}; TRLHF_SHARED_DATA)")
-def test_every_real_solution_converts_and_keeps_its_answer() -> None:
-    lines = (GSM8K / "train.jsonl").read_text(encoding="utf-8").splitlines()
+def test_every_real_solution_converts_and_keeps_its_answer(shared_data: Callable[[str], Path]) -> None:
+    lines = shared_data("gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 7473
     for line in lines:
         answer = json.loads(line)["answer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def archive() -> Archive:
     kept = Archive([*EXACT, OPEN])
     rows = [("a", "first 5", "5"), ("a", "again 5", "5"), ("a", "again 5", "5"), ("a", "it is 6", "6")]
     rows += [("b", "it is 7", "7"), ("b", "it is 8", "8"), ("c", "I do not know", None)]
-    kept.add(Rollout(prompt_id, text, answer=answer) for prompt_id, text, answer in rows)
+    kept.add((Rollout(prompt_id, text, answer=answer) for prompt_id, text, answer in rows), 1)
     return kept
 
 
@@ -76,6 +77,12 @@ def test_shares_are_of_all_samples_of_the_prompt(archive: Archive) -> None:
         label("x", "1", "right"),
     ]
     assert archive.shares(labels) == ([0.75, 0.5], [1.0, 0.0])
+
+
+def test_shares_are_those_that_the_question_was_chosen_by(archive: Archive) -> None:
+    archive.add([Rollout("a", f"now {answer}", answer=answer) for answer in ("5", "6", "7", "7")], 2)
+    first, second = label("a", "5", "wrong"), replace(label("a", "7", "right", number=2), round=2)
+    assert archive.shares([second, first]) == ([0.75, 2 / 3], [0.0, 1.0])  # 5 of round 1; in round 2, 7 of 6, 7, 7
 
 
 def test_the_file_holds_all_of_it(archive: Archive, tmp_path: Path) -> None:

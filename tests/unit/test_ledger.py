@@ -174,16 +174,8 @@ def test_over_budget_asks_nothing_at_all(tmp_path: Path) -> None:
     assert len(labeler.asked) == 5
 
 
-def test_affordable_counts_by_cost(tmp_path: Path) -> None:
-    with Ledger(tmp_path / "l.sqlite", budget=7, costs={"gold": 2.5}) as ledger:
-        assert (ledger.affordable("verdict"), ledger.affordable("gold")) == (7, 2)
-        ledger.ask([Question("gold", prompt())], Scripted(["4"]))
-        assert (ledger.spent, ledger.affordable("preference"), ledger.affordable("gold")) == (2.5, 4, 1)
-
-
 def test_costs_that_are_no_exact_floats_fill_the_budget(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite", budget=1, costs={"verdict": 0.1}) as ledger:
-        assert ledger.affordable("verdict") == 10
         for i in range(10):
             ledger.ask([verdict(f"p{i}")], Scripted())
         with pytest.raises(BudgetExceeded):
@@ -509,7 +501,7 @@ def test_a_wrong_verdict_rules_out_one_answer_only() -> None:
     assert knowledge.known("a", "0.50") is False and knowledge.known("a", "1/2") is False
     assert knowledge.known("a", "6") is None
     assert knowledge.ruled_out("a") == {"0.5"} and knowledge.ruled_out("b") == frozenset()
-    assert knowledge.verifiable_prompts() == [] == knowledge.disputed_prompts()
+    assert knowledge.verifiable_prompts() == []
 
 
 def test_gold_settles_a_prompt_and_outvotes_verdicts() -> None:
@@ -531,26 +523,25 @@ def test_preferences_say_nothing_about_right_and_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("votes", "right", "disputed", "wrong"),
+    ("votes", "right", "wrong"),
     [
-        (["5+", "7+"], None, True, set()),
-        (["5+", "7+", "5+"], "5", False, {"7"}),
-        (["5+", "7+", "7-"], "5", False, {"7"}),
-        (["5+", "5-"], None, False, set()),
-        (["5+", "5-", "5-"], None, False, {"5"}),
-        (["5+", "5+", "5-", "6-"], "5", False, {"6"}),
-        (["5+", "7+", "6-"], None, True, {"6"}),
-        (["5+", "5+", "7+", "7+", "7+"], "7", False, {"5"}),
+        (["5+", "7+"], None, set()),
+        (["5+", "7+", "5+"], "5", {"7"}),
+        (["5+", "7+", "7-"], "5", {"7"}),
+        (["5+", "5-"], None, set()),
+        (["5+", "5-", "5-"], None, {"5"}),
+        (["5+", "5+", "5-", "6-"], "5", {"6"}),
+        (["5+", "7+", "6-"], None, {"6"}),
+        (["5+", "5+", "7+", "7+", "7+"], "7", {"5"}),
     ],
 )
 def test_contradictions_are_settled_by_margins_in_any_order(
-    votes: list[str], right: str | None, disputed: bool, wrong: set[str]
+    votes: list[str], right: str | None, wrong: set[str]
 ) -> None:
     labels = [label("a", vote[:-1], "right" if vote[-1] == "+" else "wrong") for vote in votes]
     for order in itertools.permutations(labels):
         knowledge = Knowledge(order)
         assert knowledge.right_answer("a") == right
-        assert knowledge.disputed_prompts() == (["a"] if disputed else [])
         assert knowledge.ruled_out("a") == wrong
         assert knowledge.known("a", "99") is (None if right is None else False)
 

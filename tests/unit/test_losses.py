@@ -129,9 +129,9 @@ def test_dpo_is_log_two_at_the_reference_and_pulls_apart() -> None:
     assert metrics["chosen_reward"] == 0.0
 
 
-def test_dpo_by_hand_with_weights() -> None:
-    tensors = [torch.tensor(x) for x in ([-1.0, 0.0], [-2.0, 0.0], [-1.5, 0.0], [-1.5, 0.0])]
-    loss, metrics = dpo_loss(*tensors, 2.0, beta=0.5, weights=torch.tensor([1.0, 0.0]))
+def test_dpo_by_hand() -> None:
+    tensors = [torch.tensor(x) for x in ([-1.0], [-2.0], [-1.5], [-1.5])]
+    loss, metrics = dpo_loss(*tensors, 2.0, beta=0.5)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-0.5)) / 2)  # 0.5·((-1 + 1.5) - (-2 + 1.5)) = 0.5
     assert metrics["correct"] == 1.0
 

@@ -55,6 +55,19 @@ def adapted(path: Path) -> tuple[PreTrainedModel, Any]:
     return policy, reference
 
 
+def test_fresh_adapters_depend_on_the_seed_alone(tiny_model_dir: Path) -> None:
+    def adapters(drawn_before: int, seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(drawn_before)
+        state = torch.get_rng_state()
+        policy, _ = load_policy(tiny_model_dir, LORA, "cpu", seed)
+        assert torch.equal(torch.get_rng_state(), state), "nothing else may draw otherwise because of the adapters"
+        return [parameter.detach() for name, parameter in policy.named_parameters() if "lora_A" in name]
+
+    first, again, other = adapters(1, 0), adapters(2, 0), adapters(1, 5)
+    assert first and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.fixture(scope="module")
 def batch() -> SequenceBatch:
     return pad_sequences([[1, 9, 8], [1, 7]], [[5, 6, 2], [4, 2]], 3)

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -93,6 +94,24 @@ def test_no_bar_of_a_library_is_shown_while_a_model_loads(
     monkeypatch.setattr(models, "load_causal_lm", noted)
     evaluate()
     assert shown == [False]
+
+
+def test_one_model_at_a_time_is_evaluated(
+    evaluate: Callable[..., dict[str, Any]], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trlhf import models
+
+    load, loaded = models.load_causal_lm, list[weakref.ref[Any]]()
+
+    def noted(*arguments: Any) -> Any:
+        assert all(model() is None for model in loaded), "two models would lie in memory together"
+        model = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "load_causal_lm", noted)
+    complete(tmp_path / "run", "sft", tiny_model_dir)
+    assert list(evaluate()["plans_by_kind"]) == ["base", "sft"] and len(loaded) == 2
 
 
 # ---- time ----
@@ -235,3 +254,18 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
     assert decided["labels_bought"] == 6 and [q["answer"] for q in decided["questions"]] == [
         GOLD[q["prompt"]] for q in decided["questions"]
     ]
+
+
+def test_a_stage_made_again_buys_no_more_than_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config(
+        {"targeting": {"budget": 4, "strategy": "uniform"}, "reward": {"labels": 1}, "rl": {"rounds": 1}}
+    )
+    with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
+        for shift, attempt in ((3, "first"), (5, "again")):  # the folder was deleted; sampling went another way
+            stage, refit = RunDirectory(tmp_path / attempt).stage("rl"), cast("Any", None)
+            inputs = RlInputs(POOL, tmp_path, tmp_path, ledger, ExactVerifier(GOLD), Archive(POOL), refit)
+            trainer = Round(config, stage, inputs, refit, refit, Progress(round=1))
+            monkeypatch.setattr(trainer, "_candidates", lambda _before, shift=shift: candidates(shift))
+            monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
+            trainer.buy_labels()
+            assert ledger.spent == 4

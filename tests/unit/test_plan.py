@@ -71,6 +71,12 @@ def test_memory_grows_with_what_takes_it() -> None:
     assert memory_estimate(full, MISTRAL_7B)["rl"]["weights"] > estimate["rl"]["weights"]
     gae = one("experiment=cerebrum-7b", "rl.advantage=gae")
     assert memory_estimate(gae, MISTRAL_7B)["rl"]["weights"] == estimate["rl"]["weights"] + weights
+    assert memory_estimate(gae, MISTRAL_7B)["rl"]["gradients and optimizer"] == (  # the critic trains all its weights
+        estimate["rl"]["gradients and optimizer"] + 16 * MISTRAL_7B.parameters
+    )
+    assert estimate["rl"]["gradients and optimizer"] == 16 * MISTRAL_7B.adapter_parameters(config.model)
+    wider = memory_estimate(one("experiment=cerebrum-7b", "rl.rollout_batch_size=64"), MISTRAL_7B)
+    assert wider["rl"]["KV cache"] == 2 * estimate["rl"]["KV cache"] and wider["eval"] == estimate["eval"]
     longer = one("experiment=cerebrum-7b", "model.max_length=4096")
     assert memory_estimate(longer, MISTRAL_7B)["eval"]["KV cache"] == 2 * estimate["eval"]["KV cache"]
     assert list(memory_estimate(one("stage=rl"), MISTRAL_7B)) == ["rl"]

@@ -14,7 +14,7 @@ from trlhf.config import ModelConfig
 from trlhf.errors import UserError
 from trlhf.reward.features import Pooled, Sample, collate, pool
 from trlhf.reward.heads import EnsembleHeads
-from trlhf.reward.model import Calibration, RewardModel, Scale, reference_scale
+from trlhf.reward.model import Calibration, RewardModel
 from trlhf.reward.solve import choose_spread, fit_heads, pose, solve
 from trlhf.reward.table import LabelTable, bootstrap_weights
 from trlhf.types import Prompt, Score
@@ -198,7 +198,7 @@ def test_the_length_nuisance_takes_up_what_length_explains() -> None:
 
 
 def test_saved_and_loaded_it_is_the_same_priors_included(model: RewardModel, tmp_path: Path) -> None:
-    model.calibration = Calibration(1.7, 0.6, Scale(0.3, 2.0), Scale(-0.1, 1.5))
+    model.calibration = Calibration(1.7, 0.6)
     model.save(tmp_path)
     again = RewardModel.load(tmp_path)
     assert again.calibration == model.calibration
@@ -207,7 +207,7 @@ def test_saved_and_loaded_it_is_the_same_priors_included(model: RewardModel, tmp
     prompts = [prompt(task=task) for task in ("exact", "open", "exact", "open", "exact")]
     assert torch.equal(again.logits(prompts, TEXTS), model.logits(prompts, TEXTS))
     settings = json.loads((tmp_path / "reward.json").read_text())
-    assert settings["calibration"]["exact"] == {"mean": 0.3, "sd": 2.0}
+    assert settings["calibration"] == {"verdict_temperature": 1.7, "preference_temperature": 0.6}
 
 
 def test_plain_transformers_loads_the_backbone(model: RewardModel, tmp_path: Path) -> None:
@@ -236,11 +236,6 @@ def test_an_unreadable_checkpoint_is_the_user_s_to_mend(model: RewardModel, tmp_
         (tmp_path / "reward.json").write_text(json.dumps(settings | {"heads": 5}))
     with pytest.raises(UserError, match=r"cannot be read.*again"):
         RewardModel.load(tmp_path)
-
-
-def test_a_reference_scale_by_hand() -> None:
-    assert reference_scale([1.0, 3.0]) == Scale(2.0, 1.0)
-    assert reference_scale([5.0]) == reference_scale([]) == reference_scale([2.0, 2.0]) == Scale()
 
 
 def test_samples_know_their_response() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 
 from trlhf.config import Config, DataConfig, HardwareConfig, ModelConfig, RewardConfig
 from trlhf.data import LabelledPair, LabelledResponse
-from trlhf.reward import features, finetune, train
-from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample
+from trlhf.errors import UserError
+from trlhf.reward import features, finetune, refit, train
+from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, prompt_key
 from trlhf.reward.finetune import FitSettings
 from trlhf.reward.fit import fit
 from trlhf.reward.model import RewardModel
 from trlhf.reward.refit import Refitter
-from trlhf.reward.split import Labels, at_most, split_by_prompt
+from trlhf.reward.split import SPLIT, Labels, at_most, read_split, split_by_prompt
 from trlhf.reward.train import train_reward
 from trlhf.run import StageDirectory
 from trlhf.tasks import load_task
@@ -174,11 +176,43 @@ def test_a_refit_is_a_fit_on_all_labels_and_the_rounds_before_leave_no_trace(sta
     scores = stopped(bought, []).logits(prompts, texts)
     assert torch.equal(went_on(bought, []).logits(prompts, texts), scores)
     model = RewardModel.load(stage)
-    training, held = split_by_prompt(Labels([*existing, *bought], []), CONFIG.reward.holdout, CONFIG.seed)
+    labels, decided = Labels([*existing, *bought], []), read_split(stage)
+    training, held = split_by_prompt(labels, CONFIG.reward.holdout, CONFIG.seed, decided)
     fit(model, training.responses, training.pairs, FitSettings())
     assert len(held) > 0
     temperature = went_on(bought, []).calibration.verdict_temperature
     torch.testing.assert_close(model.logits(prompts, texts) / temperature, scores, atol=1e-3, rtol=1e-3)
+
+
+def test_a_refit_keeps_every_prompt_on_its_side(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone that was fine-tuned knows its training labels: temperatures fitted on them would be too sure."""
+    trained, calibrated = list[LabelledResponse](), list[LabelledResponse]()
+    monkeypatch.setattr(refit, "fit", lambda model, labelled, pairs, settings: trained.extend(labelled))
+    monkeypatch.setattr(refit, "calibrate", lambda model, labelled, pairs: calibrated.extend(labelled))
+    existing = verdicts("a", 12)
+    learned, held = split_by_prompt(Labels(existing, []), CONFIG.reward.holdout, CONFIG.seed)
+    twin = replace(learned.responses[0], prompt=replace(learned.responses[0].prompt, id="twin"), response="another")
+    bought = [twin, *verdicts("b", 30)]
+    Refitter(stage, CONFIG, Labels(existing, []))(bought, [])
+    assert len(trained) + len(calibrated) == len(existing) + len(bought)
+    assert held.responses and calibrated[: len(held)] == held.responses
+    assert len(calibrated) == len(held) + 18  # a fifth of the new prompts
+    assert twin in trained and all(label in trained for label in learned.responses)
+    before = {prompt_key(label.prompt) for label in learned.responses}
+    assert not before & {prompt_key(label.prompt) for label in calibrated}
+    drawn_anew = split_by_prompt(Labels([*existing, *bought], []), CONFIG.reward.holdout, CONFIG.seed)[1]
+    assert before & {prompt_key(label.prompt) for label in drawn_anew.responses}  # what must not happen
+
+
+def test_without_the_reward_stages_split_there_is_no_refit(stage: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(stage, folder)
+    (folder / SPLIT).unlink()
+    with pytest.raises(UserError, match=r"split\.jsonl is missing, .* delete the folder .*reward and run stage=reward"):
+        Refitter(folder, CONFIG, Labels([], []))(verdicts("b", 6), [])
+    (folder / SPLIT).write_text('{"prompt": "a0"}\n')
+    with pytest.raises(UserError, match=r"split\.jsonl: cannot be read; delete the folder"):
+        read_split(folder)
 
 
 def test_a_refit_leaves_out_what_is_too_long(stage: Path) -> None:
@@ -196,5 +230,5 @@ def test_the_log_says_what_the_reward_model_is_worth(
     train_reward(verdicts("a", 40), [], CONFIG, StageDirectory(tmp_path / "reward", tmp_path), tiny_model_dir)
     assert lines == [
         "reward model: 96 verdicts (48 right) and 0 preferences on 32 prompts; held out: 24 and 0 on 8",
-        "  held-out verdicts: AUC 1.00, within prompts 1.00, accuracy 100% [86%, 100%] of 24",
+        "  held-out verdicts: AUC 1.00, within prompts 1.00, accuracy 100% [68%, 100%] of 24",
     ]

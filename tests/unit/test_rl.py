@@ -19,7 +19,7 @@ from trlhf.knowledge import Knowledge
 from trlhf.logprobs import pad_sequences
 from trlhf.models import Reference, encode_prompt, load_causal_lm, load_tokenizer
 from trlhf.rl import checkpoint
-from trlhf.rl.anchors import Anchor, anchor_loss, find_anchors
+from trlhf.rl.anchors import Anchor, anchor_loss, find_anchors, still_trusted
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner, build_pairs
@@ -118,7 +118,7 @@ def test_equal_rewards_are_flat() -> None:
 
 def test_anchors_are_plain_prompts_and_mastered_ones() -> None:
     def candidate(answers: Iterable[str | None], reasoning: bool = True, finished: bool = True) -> Candidate:
-        prompt = Prompt("p", (), "money" if reasoning else "fact", reasoning=reasoning)
+        prompt = Prompt("money" if reasoning else "fact", (), reasoning=reasoning)
         rollouts = [rollout(a, finished=finished, tokens=(10 + i, EOS)) for i, a in enumerate(answers)]
         return Candidate(prompt, tuple(rollouts))
 
@@ -132,8 +132,27 @@ def test_anchors_are_plain_prompts_and_mastered_ones() -> None:
         candidate(["a"], reasoning=False, finished=False),
     ]
     found = find_anchors(candidates, [[i] for i in range(len(candidates))])
-    assert [(a.prompt_ids, a.kind) for a in found] == [((0,), "money"), ((1,), "money"), ((4,), "fact")]
+    assert [(a.prompt_ids, a.prompt_id, a.answer) for a in found] == [
+        ((0,), "money", "5"),
+        ((1,), "money", "5"),
+        ((4,), "fact", "a"),
+    ]
     assert [a.response_ids for a in found] == [(10, EOS), (11, EOS), (10, EOS)]
+
+
+def test_an_anchor_whose_answer_a_label_finds_wrong_holds_no_longer() -> None:
+    anchors = [Anchor("p", (1,), (2,), "5"), Anchor("q", (1,), (2,), "5"), Anchor("open", (1,), (2,), None)]
+    ruled_out = Label("verdict", "p", ("5",), "5", "wrong", "test", 1.0, "", 1)
+    right = Label("verdict", "q", ("5",), "5", "right", "test", 1.0, "", 1)
+    assert still_trusted(anchors, Knowledge([ruled_out, right])) == anchors[1:]
+    assert still_trusted(anchors, Knowledge()) == anchors
+
+
+def test_a_right_sample_is_paired_with_the_wrong_one_that_parts_from_it_last() -> None:
+    tokens = [(1, 2, 3, 4, EOS), (9, 2, 3, 7, EOS), (1, 2, 8, 4, EOS), (1, 2, 3, 7, EOS)]
+    rollouts = tuple(rollout("5", tokens=ids) for ids in tokens)
+    [pair] = build_pairs([Group(PROMPTS[0], (1,), rollouts, (1.0, 0.0, 0.0, 0.0), (True,) * 4)], 1, random.Random(0))
+    assert (pair.chosen_ids, pair.rejected_ids) == (tokens[0], tokens[3])
 
 
 def test_pairs_join_right_with_wrong_and_never_more_than_asked() -> None:
@@ -314,7 +333,7 @@ def test_dpo_microbatches_change_nothing(toy: Callable[..., Toy]) -> None:
 
 @pytest.mark.parametrize("config", [RL, DPO])
 def test_anchors_hold_the_policy_where_it_was(toy: Callable[..., Toy], config: RlConfig) -> None:
-    anchors = [Anchor((1, 40 + i, 9), (20 + i, 7, 30 + i, EOS), "fact") for i in range(4)]
+    anchors = [Anchor(f"fact {i}", (1, 40 + i, 9), (20 + i, 7, 30 + i, EOS), None) for i in range(4)]
     moved = {}
     for coefficient in (0.0, 3.0):
         trial = toy(replace(config, anchor_coef=coefficient, anchor_prompts=4, learning_rate=2e-3))
@@ -418,7 +437,7 @@ def test_the_critic_reads_the_prefix_only(toy: Callable[..., Toy]) -> None:
 @pytest.mark.parametrize("config", [RL, replace(RL, advantage="gae", kl_coef=0.1, kl_target=0.01, kl_horizon=100), DPO])
 def test_a_checkpoint_continues_identically(toy: Callable[..., Toy], tmp_path: Path, config: RlConfig) -> None:
     trial, again = toy(config), toy(config)
-    anchors = [Anchor((1, 40), (20, 7, EOS), "fact")]
+    anchors = [Anchor("fact", (1, 40), (20, 7, EOS), None)]
     stage = RunDirectory(tmp_path).stage("rl")
     assert checkpoint.load(stage, again.policy, again.learner) is None
     trial.update(trial.sample(0), seed=0)

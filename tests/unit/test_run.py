@@ -106,6 +106,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     aside = stage.path / ".model.old"
     aside.mkdir(parents=True)
     (aside / "weights").write_text("old")
+    stage.complete({})
     assert (stage.require("model", made_by="stage=rl") / "weights").read_text() == "old"
 
 
@@ -116,6 +117,20 @@ def test_missing_artifact_names_the_command_that_makes_it(tmp_path: Path) -> Non
         f"{tmp_path}/r/sft/model is missing; make it first with: python -m trlhf stage=sft run.dir={tmp_path}/r "
         "(and your other overrides), or set run.dir to a run that has it"
     )
+
+
+def test_an_artifact_of_a_stage_that_did_not_end_well_is_refused(tmp_path: Path) -> None:
+    """The reward stage saves its model before it compares what it loads again."""
+    stage = RunDirectory(tmp_path / "r").stage("reward")
+    stage.write_json("reward.json", {})
+    with pytest.raises(UserError) as caught:
+        stage.require("reward.json", made_by="stage=reward")
+    assert str(caught.value) == (
+        f"{tmp_path}/r/reward is not complete, so reward.json in it cannot be trusted; finish it first with: "
+        f"python -m trlhf stage=reward run.dir={tmp_path}/r (and your other overrides)"
+    )
+    stage.complete({})
+    assert stage.require("reward.json", made_by="stage=reward") == stage.path / "reward.json"
 
 
 def test_metrics_log_rewinds_to_a_checkpoint(tmp_path: Path) -> None:
@@ -250,6 +265,7 @@ ALLOWED: list[tuple[str, str, dict[str, object]]] = [
     ("sft", "rl", {"data": {"pool_prompts": 100, "test_prompts": 9}}),
     ("reward", "rl", {"rl": {"algorithm": "dpo"}, "targeting": {"strategy": "uniform"}}),
     ("rl", "rl", {"rl": {"microbatch_size": 32, "save_steps": 1}}),  # another machine
+    ("rl", "rl", {"evaluation": {"batch_size": 3}}),
     ("rl", "eval", {"rl": {"algorithm": "dpo"}, "targeting": {"strategy": "uniform"}, "sft": {"epochs": 9.0}}),
     ("rl", "eval", {"seed": 3, "reward": {"labels": 10}, "evaluation": {"confidence": 0.9}}),
     ("rl", "eval", {"model": {"lora": {"enabled": True}}, "data": {"test_prompts": 9}}),
@@ -262,6 +278,8 @@ REFUSED: list[tuple[str, str, dict[str, object], str]] = [
     ("sft", "eval", {"model": {"name": "me/model"}}, r"stage sft \(complete\): model\.name was 'micro'"),
     ("reward", "rl", {"rl": {"temperature": 0.5}}, r"stage reward \(complete\): rl\.temperature was 1\.0, now 0\.5"),
     ("reward", "rl", {"rl": {"max_new_tokens": 9}}, r"stage reward \(complete\): rl\.max_new_tokens"),
+    ("reward", "rl", {"rl": {"rollout_batch_size": 9}}, r"stage reward \(complete\): rl\.rollout_batch_size was 128"),
+    ("rl", "rl", {"rl": {"rollout_batch_size": 9}}, r"stage rl \(complete\): rl\.rollout_batch_size was 128"),
     (
         "reward",
         "all",

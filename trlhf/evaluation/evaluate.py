@@ -84,13 +84,16 @@ def evaluate(
 
 
 def describe(evaluation: Evaluation, config: EvaluationConfig, seed: int) -> dict[str, Any]:
-    """Return accuracy overall and by kind with intervals, share of plans by kind of prompt, share unfinished."""
+    """Return accuracy overall and by kind with intervals, shares of plans by need and by kind, share unfinished."""
     by_kind: defaultdict[str, list[bool]] = defaultdict(list)
     plans: defaultdict[bool, list[bool]] = defaultdict(list)
+    plans_by_kind: defaultdict[str, list[bool]] = defaultdict(list)
     for prompt, rollout in zip(evaluation.prompts, evaluation.rollouts, strict=True):
         if prompt.id in evaluation.correct:
             by_kind[prompt.kind].append(evaluation.correct[prompt.id])
-        plans[prompt.reasoning].append(has_plan(rollout.text))
+        planned = has_plan(rollout.text)
+        plans[prompt.reasoning].append(planned)
+        plans_by_kind[prompt.kind].append(planned)
 
     def estimate(values: Sequence[bool]) -> dict[str, Any] | None:
         return dict(accuracy_summary(values, config.confidence, config.interval, seed)) if values else None
@@ -99,6 +102,7 @@ def describe(evaluation: Evaluation, config: EvaluationConfig, seed: int) -> dic
         "accuracy": estimate(evaluation.reasoning()),
         "by_kind": {kind: estimate(values) for kind, values in sorted(by_kind.items())},
         "plans": {"reasoning": estimate(plans[True]), "other": estimate(plans[False])},
+        "plans_by_kind": {kind: estimate(values) for kind, values in sorted(plans_by_kind.items())},
         "unfinished": sum(not r.finished for r in evaluation.rollouts) / max(1, len(evaluation.rollouts)),
     }
 

@@ -15,9 +15,8 @@ def dpo_loss(
     reference_rejected_logprobs: Float[Tensor, " B"],
     denominator: float,
     beta: float = 0.1,
-    weights: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """Compute -Σ w·log σ(β·[(log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))]) / denominator.
+    """Compute -Σ log σ(β·[(log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))]) / denominator.
 
     Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290. At policy = reference it is log 2 a pair.
 
@@ -28,23 +27,19 @@ def dpo_loss(
         reference_rejected_logprobs: of the rejected response under the reference, detached.
         denominator: number of pairs of the whole optimizer step.
         beta: inverse temperature of the implicit reward, > 0.
-        weights: trust in each pair, 1 where not given.
 
     Returns:
         The loss and sums over pairs: ``chosen_reward``, ``rejected_reward`` (implicit, nats times β), ``correct``.
     """
     chosen = beta * (chosen_logprobs - reference_chosen_logprobs)
     rejected = beta * (rejected_logprobs - reference_rejected_logprobs)
-    losses = -logsigmoid(chosen - rejected)
-    if weights is not None:
-        losses = losses * weights
     with torch.no_grad():
         metrics = {
             "chosen_reward": float(chosen.sum()),
             "rejected_reward": float(rejected.sum()),
             "correct": float((chosen > rejected).float().sum()),
         }
-    return losses.sum() / denominator, metrics
+    return -logsigmoid(chosen - rejected).sum() / denominator, metrics
 
 
 def chosen_nll(

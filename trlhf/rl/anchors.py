@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trlhf.knowledge import Knowledge
 from trlhf.logprobs import SequenceBatch, pad_sequences, response_logits
 from trlhf.losses.ppo import full_kl_loss
 from trlhf.models import Reference
@@ -19,11 +20,19 @@ MASTERED_SHARE = 0.85
 
 @dataclass(frozen=True)
 class Anchor:
-    """A prompt's tokens and a typical response of the reference."""
+    """A prompt and a typical response of the reference.
 
+    Attributes:
+        prompt_id: the prompt.
+        prompt_ids: its tokens.
+        response_ids: the response's tokens.
+        answer: the response's answer; None where it has none.
+    """
+
+    prompt_id: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    kind: str
+    answer: str | None
 
 
 def find_anchors(candidates: Sequence[Candidate], prompt_ids: Sequence[Sequence[int]]) -> list[Anchor]:
@@ -44,8 +53,18 @@ def find_anchors(candidates: Sequence[Candidate], prompt_ids: Sequence[Sequence[
             if top is None or answers.count(top) < MASTERED_SHARE * len(candidate.rollouts):
                 continue
             finished = [r for r in finished if r.answer == top]
-        anchors.append(Anchor(tuple(ids), finished[0].token_ids, candidate.prompt.kind))
+        typical = finished[0]
+        anchors.append(Anchor(candidate.prompt.id, tuple(ids), typical.token_ids, typical.answer))
     return anchors
+
+
+def still_trusted(anchors: Sequence[Anchor], knowledge: Knowledge) -> list[Anchor]:
+    """Return the anchors without those whose answer labels have found wrong: agreement is no proof of mastery."""
+    return [
+        anchor
+        for anchor in anchors
+        if anchor.answer is None or knowledge.known(anchor.prompt_id, anchor.answer) is not False
+    ]
 
 
 def anchor_loss(policy: PreTrainedModel, reference: Reference, anchors: Sequence[Anchor], pad_id: int) -> Tensor:

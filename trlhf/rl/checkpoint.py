@@ -38,7 +38,7 @@ class Progress:
         step: optimizer batches done in the whole stage.
         planned: whether this round's labels are bought and its samples archived.
         pass_rates: prompt id → last known pass rate.
-        anchors: fixed after round 1.
+        anchors: found in round 1; fewer as labels find some of their answers wrong.
     """
 
     round: int = 1
@@ -59,7 +59,7 @@ def save(stage: StageDirectory, policy: PreTrainedModel, learner: Learner, progr
             "step": progress.step,
             "planned": progress.planned,
             "pass_rates": progress.pass_rates,
-            "anchors": [(list(a.prompt_ids), list(a.response_ids), a.kind) for a in progress.anchors],
+            "anchors": [(a.prompt_id, list(a.prompt_ids), list(a.response_ids), a.answer) for a in progress.anchors],
         },
     }
     with stage.new_directory(NAME) as folder:
@@ -84,7 +84,7 @@ def load(stage: StageDirectory, policy: PreTrainedModel, learner: Learner) -> Pr
                     parameter.copy_(state["policy"][name])
         learner.load_state_dict(state["learner"])
         kept = state["progress"]
-        anchors = [Anchor(tuple(p), tuple(r), kind) for p, r, kind in kept.pop("anchors")]
+        anchors = [Anchor(name, tuple(p), tuple(r), answer) for name, p, r, answer in kept.pop("anchors")]
         return Progress(**kept, anchors=anchors)
     except Exception as error:  # a torn or foreign file fails in many ways
         raise UserError(

@@ -19,7 +19,7 @@ from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
 from trlhf.ledger import Ledger
 from trlhf.models import encode_prompt
-from trlhf.rl.anchors import find_anchors
+from trlhf.rl.anchors import find_anchors, still_trusted
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.experience import Group, score_groups
 from trlhf.rollout import Sampling, sample_responses
@@ -97,7 +97,7 @@ class Round:
             ids = [encode_prompt(self.tokenizer, c.prompt.messages) for c in candidates]
             self.state.anchors = find_anchors(candidates, ids)
         rng = numpy_rng(config.seed, "rl", "choose", number)
-        count = int(self._spendable(number, labels))
+        count = int(self.inputs.ledger.remaining // (config.rl.rounds - number + 1))  # an equal share of what is left
         pairs_wanted = round(count * config.targeting.preference_share) if self._has_open() else 0
         coefficients = None
         if config.targeting.strategy == "frontier":
@@ -112,7 +112,7 @@ class Round:
             new = Archive(self.inputs.pool)
             for candidate in candidates:
                 if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
-                    new.add(candidate.rollouts)
+                    new.add(candidate.rollouts, number)
             self.stage.write_jsonl(samples_file(number), new.rows())
             return chosen
 
@@ -151,6 +151,7 @@ class Round:
         self.inputs.archive.load(self.stage.path / samples_file(self.state.round))
         labels = [label for label in self.inputs.ledger.labels() if label.round <= self.state.round]
         self.knowledge = Knowledge(labels)
+        self.state.anchors = still_trusted(self.state.anchors, self.knowledge)
         self.exact = [
             p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None
         ]
@@ -181,7 +182,7 @@ class Round:
         rl, step = self.config.rl, self.state.step
         prompts = self._draw_prompts(numpy_rng(self.config.seed, "rl", "prompts", step))
         generator = torch_generator(self.config.seed, "rl", "rollouts", step)
-        sampling = Sampling(rl.temperature, rl.max_new_tokens, rl.samples_per_prompt, self.config.evaluation.batch_size)
+        sampling = Sampling(rl.temperature, rl.max_new_tokens, rl.samples_per_prompt, rl.rollout_batch_size)
         sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl)
@@ -198,7 +199,10 @@ class Round:
         wanted = min(len(unverified), round(total * rl.unverified_share))
         rates = [self.state.pass_rates.get(prompt.id) for prompt in self.exact]
         weights = training_weights(
-            rates, self.config.targeting.samples_per_prompt, rl.samples_per_prompt, self.config.targeting.strategy
+            rates,
+            min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt),  # a rate comes from either
+            rl.samples_per_prompt,
+            self.config.targeting.strategy,
         )
         n_exact = min(len(self.exact), max(0, total - n_open - wanted))
         n_unverified = total - n_open - n_exact  # where too few prompts can be verified, more than were asked for
@@ -229,7 +233,7 @@ class Round:
             config.rl.temperature,
             config.rl.max_new_tokens,
             config.targeting.samples_per_prompt,
-            config.evaluation.batch_size,
+            config.rl.rollout_batch_size,
         )
         generator = torch_generator(config.seed, "rl", "candidates", number)
         with progress_bar(f"round {number}: sampling candidates", len(prompts)) as advance:
@@ -239,12 +243,7 @@ class Round:
     def _has_open(self) -> bool:
         return any(prompt.task == "open" for prompt in self.inputs.pool)
 
-    def _spendable(self, number: int, labels: Sequence[Any]) -> float:
-        """Return this round's equal share of what is left; what it had bought before a restart counts as not spent."""
-        already = sum(float(label.cost) for label in labels if label.round == number)
-        return (self.inputs.ledger.remaining + already) // (self.config.rl.rounds - number + 1)
-
     def _judged_shares(self, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each verdict so far the share of samples that gave the judged answer, and whether it was right."""
+        """Return for each verdict the judged answer's share of the samples then not ruled out, and if it was right."""
         shares, right = self.inputs.archive.shares(labels)
         return np.array(shares), np.array(right)

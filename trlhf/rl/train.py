@@ -34,7 +34,7 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
     rl = config.rl
     device = choose_device(config)
     tokenizer = load_tokenizer(inputs.sft)
-    policy, reference = load_policy(inputs.sft, config.model, device)
+    policy, reference = load_policy(inputs.sft, config.model, device, config.seed)
     learner = _learner(config, policy, reference, inputs.critic, int(tokenizer.pad_token_id), device)
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()

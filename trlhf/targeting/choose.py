@@ -68,12 +68,13 @@ def verdict_values(
     """Return what a verdict on each prompt's top answer is expected to buy: P(right) · P(mixed group | right).
 
     A right verdict makes the prompt verifiable for ever; it is worth as much as its samples will be mixed. With the top
-    answer right, the pass rate is Beta(1 + share·k, 1 + (1-share)·k) after k samples.
+    answer right, the pass rate is Beta(1 + count, 1 + k - count) after k samples, of which ``count`` gave that answer.
 
     Args:
-        shares: share of the top answer among the samples.
+        shares: share of the top answer among the samples that labels have not ruled out.
+        counts: how many of the k samples gave the top answer.
+        samples: k, how many samples were drawn.
         coefficients: of `fit_top_answer_model`.
-        samples: k, how many samples the shares come from.
         group: samples per prompt in an update.
     """
     right = top_answer_probability(coefficients, shares)
