@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,9 @@ class Round:
         before = Knowledge([label for label in labels if label.round < number])
         candidates = self._candidates(before)
         if number == 1:
-            ids = [encode_prompt(self.tokenizer, c.prompt.messages) for c in candidates]
-            self.state.anchors = find_anchors(candidates, ids)
+            held = [*candidates, *self._more_plain({candidate.prompt.id for candidate in candidates})]
+            ids = [encode_prompt(self.tokenizer, candidate.prompt.messages) for candidate in held]
+            self.state.anchors = find_anchors(held, ids)
         rng = numpy_rng(config.seed, "rl", "choose", number)
         count = int(self.inputs.ledger.remaining // (config.rl.rounds - number + 1))  # an equal share of what is left
         pairs_wanted = round(count * config.targeting.preference_share) if self._has_open() else 0
@@ -238,6 +239,17 @@ class Round:
         generator = torch_generator(config.seed, "rl", "candidates", number)
         with progress_bar(f"round {number}: sampling candidates", len(prompts)) as advance:
             sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator, advance)
+        return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
+
+    def _more_plain(self, held: Container[str]) -> list[Candidate]:
+        """Sample once prompts that need no thinking, as anchors: no reward watches over them."""
+        config = self.config
+        prompts = [p for p in self.inputs.pool if not p.reasoning and p.id not in held]
+        most = min(config.targeting.candidates, len(prompts)) if config.rl.anchor_coef else 0
+        prompts = python_rng(config.seed, "rl", "anchors").sample(prompts, most)
+        sampling = Sampling(config.rl.temperature, config.rl.max_new_tokens, 1, config.rl.rollout_batch_size)
+        generator = torch_generator(config.seed, "rl", "anchors")
+        sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator) if prompts else []
         return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
 
     def _has_open(self) -> bool:
