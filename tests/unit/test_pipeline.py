@@ -269,3 +269,26 @@ def test_a_stage_made_again_buys_no_more_than_is_left(tmp_path: Path, monkeypatc
             monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
             trainer.buy_labels()
             assert ledger.spent == 4
+
+
+def test_every_plain_prompt_of_the_pool_becomes_an_anchor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [Prompt(f"plain {n}", ({"role": "user", "content": f"{n}?"},), reasoning=False) for n in range(5)]
+    config = build_config({"targeting": {"budget": 4}, "reward": {"labels": 1}, "rl": {"rounds": 1}})
+    refit: Any = None
+    drawn: list[str] = []
+
+    def sample(_policy: Any, _tokenizer: Any, prompts: list[Prompt], *_: Any) -> list[list[Rollout]]:
+        drawn.extend(prompt.id for prompt in prompts)
+        return [[Rollout(prompt.id, "Red.", token_ids=(7,), answer="Red")] for prompt in prompts]
+
+    monkeypatch.setattr("trlhf.rl.round.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
+    with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
+        gold = GOLD | {prompt.id: "red" for prompt in plain}
+        inputs = RlInputs([*POOL, *plain], tmp_path, tmp_path, ledger, ExactVerifier(gold), Archive(POOL), refit)
+        trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, refit, refit, Progress())
+        held = Candidate(plain[0], (Rollout(plain[0].id, "Blue.", token_ids=(8,), answer="Blue"),) * 2)
+        monkeypatch.setattr(trainer, "_candidates", lambda _before: [*candidates(3), held])
+        trainer.buy_labels()
+    anchored = [anchor.prompt_id for anchor in trainer.state.anchors if anchor.prompt_id.startswith("plain")]
+    assert sorted(anchored) == [prompt.id for prompt in plain] and plain[0].id not in drawn
