@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -146,14 +147,17 @@ def load_policy(path: str | Path, config: ModelConfig, device: str, seed: int = 
     """Load the trainable policy and its reference: two copies in full fine-tuning, one base with adapter for LoRA.
 
     Fresh adapters depend on ``seed`` alone, not on what the process drew before: a resumed run starts from the same.
+    Weights that are trained are float32, in full fine-tuning all of them, whatever ``model.dtype``: AdamW's small steps
+    would vanish in bfloat16. The reference then has the same type, so that the first KL is 0.
     """
-    policy = load_causal_lm(path, config, device)
     if not config.lora.enabled:
-        copy = load_causal_lm(path, config, device)
+        exact = replace(config, dtype="float32")
+        policy, copy = load_causal_lm(path, exact, device), load_causal_lm(path, exact, device)
         copy.requires_grad_(False)
         return policy, Reference(copy)
     from peft import get_peft_model
 
+    policy = load_causal_lm(path, config, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "rl", "adapters"))
         adapted = get_peft_model(policy, lora_config(config))

@@ -241,3 +241,16 @@ def test_gradients_reach_adapters_only(tiny_model_dir: Path, batch: SequenceBatc
     modules = {name.split(".")[-4] for name in graded}
     assert graded and all("lora_" in name for name in graded)
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_weights_that_rl_trains_are_float32_whatever_the_model_is_stored_in(tiny_model_dir: Path) -> None:
+    from trlhf.rl.critic import Critic
+
+    stored = ModelConfig(dtype="bfloat16")
+    policy, reference = load_policy(tiny_model_dir, stored, "cpu")
+    with reference.active(policy) as model:
+        roles = [policy, model, Critic(tiny_model_dir, stored, "cpu")]
+    assert all({p.dtype for p in role.parameters()} == {torch.float32} for role in roles)
+    policy, _ = load_policy(tiny_model_dir, replace(LORA, dtype="bfloat16"), "cpu")
+    types = {(p.requires_grad, p.dtype) for p in policy.parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}

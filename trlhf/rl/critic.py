@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class Critic(nn.Module):
 
     def __init__(self, path: Path, config: ModelConfig, device: str) -> None:
         super().__init__()
-        model = load_causal_lm(path, config, device)
+        model = load_causal_lm(path, replace(config, dtype="float32"), device)  # AdamW's steps vanish in bfloat16
         self.backbone = model.model
         self.head = nn.Linear(model.config.hidden_size, 1, device=device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from trlhf.config import Config
@@ -67,6 +68,8 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                 if state.step % rl.save_steps == 0:
                     checkpoint.save(stage, policy, learner, state)
             state.planned = False
+    if not config.model.lora.enabled:
+        policy.to(getattr(torch, config.model.dtype))
     with stage.new_directory("model") as folder:
         save_policy(policy, tokenizer, folder)
     metrics = {"steps": state.step, "rounds": rl.rounds, "anchors": len(state.anchors), "last_step": last}
