@@ -46,6 +46,11 @@ def _main(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         print(f"trlhf {__version__}")
         return
+    if arguments in (["--help"], ["-h"]):
+        from trlhf.help_text import help_text
+
+        print(help_text())
+        return
     import hydra
     from hydra._internal.utils import get_args_parser
 

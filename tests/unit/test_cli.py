@@ -238,6 +238,11 @@ def test_a_folder_of_ones_own_yaml(ran: Ran, command: Command, tmp_path: Path) -
     assert command("--config-name", "x")[0] == 2
 
 
+def test_help_is_what_hydra_would_print(command: Command) -> None:
+    ours, hydras = command("--help"), command("--help", "seed=0")
+    assert ours == hydras and "rl: dpo, ppo" in ours[1]
+
+
 def test_help_version_and_cfg(ran: Ran, command: Command) -> None:
     status, out, _ = command("--help")
     assert status == 0 and "experiment: cerebrum-7b" in out and "python -m trlhf rl=dpo" in out and "run.dir" in out
