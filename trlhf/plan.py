@@ -155,7 +155,7 @@ def print_plan(config: Config) -> None:
     )
     CONSOLE.print(
         "  too much? lower the stage's microbatch_size, rl.rollout_batch_size, evaluation.batch_size or "
-        "model.max_length; or model.lora.enabled=true",
+        "model.max_length" + ("" if config.model.lora.enabled else "; or model.lora.enabled=true"),
         highlight=False,
     )
 
