@@ -10,7 +10,7 @@ from trlhf.config import Config
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.models import choose_device
 from trlhf.reward.calibration import calibrate
-from trlhf.reward.features import FeatureStore
+from trlhf.reward.features import FeatureStore, PromptKey
 from trlhf.reward.fit import fit, fit_settings
 from trlhf.reward.model import RewardModel
 from trlhf.reward.split import Labels, read_split, split_by_prompt
@@ -37,14 +37,14 @@ class Refitter:
         self.directory, self.config, self.existing = directory, config, existing
         self._model: RewardModel | None = None
         self._features = FeatureStore()
+        self._sides: dict[PromptKey, bool] = {}
 
     def __call__(self, labelled: Sequence[LabelledResponse], pairs: Sequence[LabelledPair]) -> RewardModel:
         """Fit and calibrate on all labels; the scorer of the call before is the same object and changes with it."""
         model = self._load()
         bought = usable(model, Labels(labelled, pairs))
         labels = Labels([*self.existing.responses, *bought.responses], [*self.existing.pairs, *bought.pairs])
-        decided = read_split(self.directory)
-        training, held = split_by_prompt(labels, self.config.reward.holdout, self.config.seed, decided)
+        training, held = split_by_prompt(labels, self.config.reward.holdout, self.config.seed, self._sides)
         with model.keep_features(FeatureStore(self._features)):
             fit(model, training.responses, training.pairs, replace(fit_settings(self.config), finetune="frozen"))
             calibrate(model, held.responses, held.pairs)
@@ -52,6 +52,7 @@ class Refitter:
 
     def _load(self) -> RewardModel:
         if self._model is None:
+            self._sides = read_split(self.directory)
             self._model = RewardModel.load(self.directory, self.config.model, choose_device(self.config))
             self.existing = usable(self._model, self.existing)
             if len(self.existing):

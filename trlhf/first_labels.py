@@ -76,12 +76,7 @@ def _candidates(config: Config, model_dir: Path, pool: Sequence[Prompt]) -> list
     shuffled = python_rng(config.seed, "reward", "prompts").sample(list(pool), len(pool))
     drawn = [prompt for prompt in shuffled if prompt.task == "exact"][: verdicts + verdicts // 4]
     drawn += [prompt for prompt in shuffled if prompt.task == "open"][: pairs + pairs // 4]
-    sampling = Sampling(
-        config.rl.temperature,
-        config.rl.max_new_tokens,
-        config.reward.samples_per_prompt,
-        config.rl.rollout_batch_size,
-    )
+    sampling = Sampling.of(config.rl, config.reward.samples_per_prompt)
     tokenizer = load_tokenizer(model_dir)
     model = load_causal_lm(model_dir, config.model, choose_device(config))
     generator = torch_generator(config.seed, "reward", "rollouts")

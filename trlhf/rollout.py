@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from trlhf.config import RlConfig
 from trlhf.evaluation.answers import extract_answer
 from trlhf.models import encode_prompt
 from trlhf.types import Prompt, Rollout
@@ -29,6 +30,11 @@ class Sampling:
     max_new_tokens: int = 160
     samples: int = 1
     batch_size: int = 256
+
+    @classmethod
+    def of(cls, rl: RlConfig, samples: int) -> Sampling:
+        """Return how the rl section says that responses to learn from, or to have labelled, are drawn."""
+        return cls(rl.temperature, rl.max_new_tokens, samples, rl.rollout_batch_size)
 
 
 @torch.no_grad()

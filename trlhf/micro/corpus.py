@@ -109,11 +109,15 @@ def _any_problem(rng: random.Random) -> Problem:
     return rng.choice(FAMILIES)(rng)
 
 
-def recipe(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_problem) -> str:
-    """Return a calculation in words and then in figures: what the verbs of a plan mean."""
-    problem = draw(rng)
+def _calculation(problem: Problem) -> str:
+    """Return a problem's calculation in words and then in figures."""
     sums = " ".join(f"{step.equation()}." for step in problem.steps)
     return f"{problem.plan[0].upper()}{problem.plan[1:]}: {sums}"
+
+
+def recipe(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_problem) -> str:
+    """Return a calculation in words and then in figures: what the verbs of a plan mean."""
+    return _calculation(draw(rng))
 
 
 def story(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_problem) -> str:
@@ -132,8 +136,7 @@ def story(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_pr
 def reckoning(rng: random.Random, draw: Callable[[random.Random], Problem] = _any_problem) -> str:
     """Return a story that tells, as part of the tale, what is reckoned with its numbers: no question, no chat."""
     problem = draw(rng)
-    sums = " ".join(f"{step.equation()}." for step in problem.steps)
-    return f"{problem.story} {problem.plan[0].upper()}{problem.plan[1:]}: {sums}"
+    return f"{problem.story} {_calculation(problem)}"
 
 
 def fact(rng: random.Random) -> str:

@@ -1,9 +1,9 @@
-"""Rebuild the embedded base: ``python -m trlhf.micro.pretrain`` (about 35 minutes on one CPU core).
+"""Rebuild the embedded base: ``python -m trlhf.micro.pretrain`` (about 45 minutes on one CPU core).
 
 The base reads text of the world, in three phases: equations, stories with their sums, facts, lists and lines; then also
-chats, in which numbers are noted and nothing is asked to be worked out; last what people say about products, which is
-often wrong. It never sees a plan marked as one or a word problem's question followed by its answer, so that SFT has
-something to teach.
+stories with their calculation in words, and chats in which numbers are noted and nothing is worked out; last what
+people say about products, which is often wrong. It never sees a plan marked as one or a word problem's question
+followed by its answer, so that SFT has something to teach.
 """
 
 from __future__ import annotations

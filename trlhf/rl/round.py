@@ -183,7 +183,7 @@ class Round:
         rl, step = self.config.rl, self.state.step
         prompts = self._draw_prompts(numpy_rng(self.config.seed, "rl", "prompts", step))
         generator = torch_generator(self.config.seed, "rl", "rollouts", step)
-        sampling = Sampling(rl.temperature, rl.max_new_tokens, rl.samples_per_prompt, rl.rollout_batch_size)
+        sampling = Sampling.of(rl, rl.samples_per_prompt)
         sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl)
@@ -230,12 +230,7 @@ class Round:
         held = {prompt.id for prompt in pinned}
         others = [prompt for prompt in pool if prompt.id not in held]
         prompts = pinned + rng.sample(others, min(config.targeting.candidates - len(pinned), len(others)))
-        sampling = Sampling(
-            config.rl.temperature,
-            config.rl.max_new_tokens,
-            config.targeting.samples_per_prompt,
-            config.rl.rollout_batch_size,
-        )
+        sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
         generator = torch_generator(config.seed, "rl", "candidates", number)
         with progress_bar(f"round {number}: sampling candidates", len(prompts)) as advance:
             sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator, advance)
@@ -247,7 +242,7 @@ class Round:
         prompts = [p for p in self.inputs.pool if not p.reasoning and p.id not in held]
         most = min(config.targeting.candidates, len(prompts)) if config.rl.anchor_coef else 0
         prompts = python_rng(config.seed, "rl", "anchors").sample(prompts, most)
-        sampling = Sampling(config.rl.temperature, config.rl.max_new_tokens, 1, config.rl.rollout_batch_size)
+        sampling = Sampling.of(config.rl, 1)
         generator = torch_generator(config.seed, "rl", "anchors")
         sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator) if prompts else []
         return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
