@@ -22,6 +22,7 @@ class RunConfig:
     """Where results go."""
 
     dir: str | None = None  # folder; null: a dated one under runs/
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"  # also shows metrics.jsonl: pip install trlhf[tracking]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ModelConfig:
     name: str = "micro"  # "micro": the embedded base; else a hub name or a local folder
     revision: str | None = None  # hub revision (commit, tag or branch)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    quantization: Literal["none", "nf4"] = "none"  # of a base under adapters (https://arxiv.org/abs/2305.14314)
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     max_length: int = setting(1024, low=16)  # tokens of prompt and response together
     pad_token: str | None = None  # token to pad with when the tokenizer names none; never EOS
@@ -85,6 +87,7 @@ class SftConfig:
     packing: bool = False  # several demonstrations in one row
     max_prompts: int = setting(5000, low=1)  # a warning above it: Cerebrum's card promises fewer
     save_steps: int = setting(50, low=1)  # steps between checkpoints
+    save_total_limit: int = setting(2, low=2, remedy="one is being written while another holds")  # checkpoints kept
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,9 @@ class RlConfig:
     max_grad_norm: float = setting(1.0, above=0)
     adam_eps: float = setting(1e-5, above=0)  # "The N Implementation Details of RLHF with PPO", detail 6
     save_steps: int = setting(4, low=1)  # rollout batches between checkpoints
+    save_total_limit: int = setting(2, low=1)  # checkpoints kept
+    max_kl: float | None = setting(50.0, above=0)  # nats per response to the reference, k1; beyond it the run stops
+    held_out_patience: int = setting(2, low=0)  # rounds in a row with reward up, held-out accuracy down; 0: never stop
 
 
 @dataclass(frozen=True)
