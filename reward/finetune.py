@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,17 +12,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trlhf.config import LoraConfig
+from trlhf.config import ModelConfig
+from trlhf.distributed import share, sum_counts, sum_gradients
 from trlhf.reward.features import FeatureStore, Pooled, Sample, collate
-from trlhf.reward.model import RewardModel
+from trlhf.reward.model import REWARD_ADAPTER, RewardModel
 from trlhf.reward.table import LabelTable
-from trlhf.seeding import derive_seed, torch_generator
+from trlhf.roles import Role, SharedBase
+from trlhf.seeding import torch_generator
 
 Log = Callable[[int, dict[str, float]], None]
 MAX_GRAD_NORM = 1.0
 WARMUP_SHARE = 0.1
 VALIDATION_SHARE = 0.2  # of the training prompts, to choose the epoch to keep
 MIN_VALIDATION_LABELS = 10
+MEANS = ("accuracy", "margin")  # of a step's verdicts, and of its preferences
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class FitSettings:
         weight_decay: of the backbone's matrices; the heads' own penalty is chosen by cross-validation.
         flip_rate: assumed chance that a label is wrong.
         seed: of bootstrap weights, folds and data order.
-        lora: adapters for ``lora``; merged when done.
+        model: says what an adapter is, for ``lora``, and whether it stays one: it does where the rl stage has adapters
+            too (``model.lora.enabled``), on one base with the others; else it is merged when done.
     """
 
     finetune: Literal["frozen", "lora", "full"] = "frozen"
@@ -48,7 +53,7 @@ class FitSettings:
     weight_decay: float = 0.01
     flip_rate: float = 0.02
     seed: int = 0
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,14 @@ def finetune(model: RewardModel, data: Data, settings: FitSettings, log: Log | N
     """
     training, validation = _split(data, settings.seed)
     kept, model.features = model.features, None  # they are about to change
-    adapted = _attach(model, settings)
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    parameters = _learning(model, settings)
     optimizer, schedule = _optimizer(parameters, settings, len(training.table))
     best_loss, best_epoch, best = _mean_loss(model, validation, settings), 0, _copy(parameters)
     step = 0
     for epoch, batches in enumerate(_epochs(len(training.table), settings), start=1):
         for labels in batches:
             loss, metrics = _backward(model, training, labels, settings)
+            sum_gradients(list(parameters.values()))
             norm = nn.utils.clip_grad_norm_(list(parameters.values()), MAX_GRAD_NORM)
             if torch.isfinite(norm):
                 optimizer.step()
@@ -109,7 +114,7 @@ def finetune(model: RewardModel, data: Data, settings: FitSettings, log: Log | N
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(best[name])
-    _detach(model, adapted)
+    _settle(model, settings)
     model.features = None if kept is None else FeatureStore()
     return best_epoch
 
@@ -124,31 +129,28 @@ def _split(data: Data, seed: int) -> tuple[Data, Data]:
     return data.select(torch.where(~left_out)[0]), data.select(torch.where(left_out)[0])
 
 
-def _attach(model: RewardModel, settings: FitSettings) -> nn.Module | None:
-    """Choose what learns: everything, or fresh adapters (returned) on a backbone that stays as it is."""
-    model.requires_grad_(True)
-    if settings.finetune == "full":
-        return None
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    config = PeftConfig(
-        r=settings.lora.r,
-        lora_alpha=settings.lora.alpha,
-        lora_dropout=0.0,
-        target_modules=settings.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(settings.seed, "reward", "adapters"))
-        return get_peft_model(model.backbone, config)
+def _learning(model: RewardModel, settings: FitSettings) -> dict[str, nn.Parameter]:
+    """Choose what learns, by name: the heads with every weight of the backbone, or with an adapter of its own on it."""
+    if settings.finetune == "lora":
+        base = model.role.base or SharedBase(model.backbone, settings.model)
+        model.role, model.stands_on = base.add(REWARD_ADAPTER, settings.seed), "adapter"
+    else:
+        model.backbone.requires_grad_(True)
+        model.stands_on = "own"
+    model.heads.requires_grad_(True)
+    heads = {f"heads.{name}": value for name, value in model.heads.named_parameters()}
+    return model.role.trainable() | heads
 
 
-def _detach(model: RewardModel, adapted: nn.Module | None) -> None:
-    """Merge the adapters into the backbone, so that what is saved is an ordinary model."""
-    if adapted is not None:
-        model.backbone = adapted.merge_and_unload()  # type: ignore[operator]
-    model.requires_grad_(False)
+def _settle(model: RewardModel, settings: FitSettings) -> None:
+    """Stop learning; merge an adapter that no shared base will carry."""
+    if settings.finetune == "lora" and not settings.model.lora.enabled and model.role.base is not None:
+        model.role, model.stands_on = Role(model.role.base.merge(REWARD_ADAPTER)), "own"
+    elif model.role.base is not None:
+        model.role.base.freeze(REWARD_ADAPTER)
+    else:
+        model.backbone.requires_grad_(False)
+    model.heads.requires_grad_(False)
 
 
 def _optimizer(
@@ -183,13 +185,23 @@ def _backward(
 ) -> tuple[float, dict[str, float]]:
     """Add up the gradient of one optimizer step in microbatches; denominator: labels x heads of the whole step."""
     denominator = float(len(labels) * model.heads.heads)
-    total = 0.0
-    metrics: dict[str, float] = {}
-    for part in torch.split(labels, settings.microbatch_size):
-        loss, metrics = _loss(model, data.select(part), denominator, settings.flip_rate)
+    sums: defaultdict[str, float] = defaultdict(float)
+    own = torch.tensor(share(labels.tolist()), dtype=torch.long)
+    for part in torch.split(own, settings.microbatch_size) if len(own) else ():
+        chosen = data.select(part)
+        loss, metrics = _loss(model, chosen, denominator, settings.flip_rate)
         loss.backward()
-        total += float(loss.detach())
-    return total, metrics
+        sums["loss"] += float(loss.detach())
+        for kind, targets in (("verdict", chosen.table.verdicts), ("preference", chosen.table.preferences)):
+            decided = float((targets != 0.5).sum())  # the labels that a mean is over
+            sums[kind] += decided
+            for name in MEANS if decided else ():
+                sums[f"{kind}_{name}"] += decided * metrics[f"{kind}_{name}"]
+    totals = sum_counts(sums)
+    kinds = [kind for kind in ("verdict", "preference") if totals[kind]]
+    return totals["loss"], {
+        f"{kind}_{name}": totals[f"{kind}_{name}"] / totals[kind] for kind in kinds for name in MEANS
+    }
 
 
 def _loss(

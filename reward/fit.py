@@ -67,5 +67,5 @@ def fit_settings(config: Config) -> FitSettings:
         microbatch_size=reward.microbatch_size,
         weight_decay=reward.weight_decay,
         seed=config.seed,
-        lora=config.model.lora,
+        model=config.model,
     )

@@ -19,10 +19,12 @@ from trlhf.errors import UserError
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
+from trlhf.roles import Role, load_sft, save_model
 from trlhf.types import Prompt, Score
 
-FORMAT = 1
-BACKBONE, HEADS, SETTINGS = "model", "heads.safetensors", "reward.json"
+FORMAT = 2
+BACKBONE, ADAPTER, HEADS, SETTINGS = "model", "adapter", "heads.safetensors", "reward.json"
+REWARD_ADAPTER = "reward"
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,16 @@ class RewardModel(nn.Module):
     forward pass reads right-padded tokens and returns the raw f of every head.
 
     Args:
-        backbone: a causal language model; its language-model head is never used.
+        role: a causal language model, or a shared base with or without an adapter; its language-model head is not used.
         tokenizer: its tokenizer, with the chat template that the responses were sampled under.
         heads: see :class:`EnsembleHeads`.
         max_length: tokens of prompt and response together.
     """
 
-    def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: EnsembleHeads, max_length: int
-    ) -> None:
+    def __init__(self, role: Role, tokenizer: PreTrainedTokenizerBase, heads: EnsembleHeads, max_length: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.role = role
+        self.stands_on = "sft"  # what the backbone is: the SFT model as it was, an adapter of ours on it, or our own
         self.tokenizer = tokenizer
         self.heads = heads
         self.max_length = max_length
@@ -67,17 +68,30 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_backbone(
-        cls, path: str | Path, config: ModelConfig, *, heads: int = 10, prior_scale: float = 1.0, seed: int = 0
+        cls,
+        path: str | Path,
+        config: ModelConfig,
+        *,
+        heads: int = 10,
+        prior_scale: float = 1.0,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> RewardModel:
-        """Build an untrained reward model on a causal language model's folder, on the CPU.
+        """Build an untrained reward model on the SFT model's folder.
 
         Raises:
             UserError: the folder holds no readable model or tokenizer.
         """
-        backbone = load_causal_lm(path, config)
+        role = load_sft(Path(path), config, device)
         tokenizer = load_tokenizer(path, pad_token=config.pad_token)
-        size = int(backbone.config.hidden_size)
-        return cls(backbone, tokenizer, EnsembleHeads(2 * size, size, heads, prior_scale, seed), config.max_length)
+        size = int(role.model.config.hidden_size)
+        fresh = EnsembleHeads(2 * size, size, heads, prior_scale, seed).to(device)
+        return cls(role, tokenizer, fresh, config.max_length)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The causal language model underneath, with whatever adapters it carries."""
+        return self.role.model
 
     @property
     def device(self) -> torch.device:
@@ -86,12 +100,13 @@ class RewardModel(nn.Module):
 
     def pooled(self, batch: Batch) -> Pooled:
         """Run the backbone over a batch and pool its hidden states; gradients flow."""
-        output = self.backbone.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask.long(),
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        with self.role.acting() as backbone:
+            output = backbone.base_model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                output_hidden_states=True,
+                use_cache=False,
+            )
         states = output.hidden_states  # the embeddings, then every layer; the last one after the final norm
         return pool(states[len(states) // 2], output.last_hidden_state, batch.attention_mask, batch.prompt_lengths)
 
@@ -127,6 +142,11 @@ class RewardModel(nn.Module):
             return pool_all(self.pooled, new, int(self.tokenizer.pad_token_id), batch_size, self.device)
 
         return compute(samples) if self.features is None else self.features.lookup(samples, compute)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type that the backbone computes in."""
+        return str(self.backbone.dtype).removeprefix("torch.")
 
     @contextmanager
     def keep_features(self, known: FeatureStore | None = None) -> Iterator[None]:
@@ -164,13 +184,17 @@ class RewardModel(nn.Module):
     def save(self, directory: str | Path) -> None:
         """Write ``model/`` (the backbone, for plain transformers), ``heads.safetensors`` and ``reward.json``.
 
+        A backbone that learned as an adapter is written as one too, into ``adapter/``; ``model/`` has it merged.
+
         Raises:
             UserError: the folder cannot be written (the disk is full, say).
         """
         directory = Path(directory)
         with files.new_directory(directory / BACKBONE) as fresh:
-            self.backbone.save_pretrained(fresh)
-            self.tokenizer.save_pretrained(fresh)
+            save_model(self.backbone, self.tokenizer, fresh, self.dtype, self.role.adapter)
+        if self.role.base is not None and self.stands_on == "adapter":
+            with files.new_directory(directory / ADAPTER) as fresh:
+                self.role.base.save(REWARD_ADAPTER, fresh)
         state = {name: tensor.contiguous() for name, tensor in self.heads.state_dict().items()}
         files.write_bytes(directory / HEADS, safetensors.torch.save(state))
         settings = {
@@ -180,19 +204,23 @@ class RewardModel(nn.Module):
             "prompt_size": self.heads.intercept_weight.shape[1],
             "prior_scale": self.heads.prior_scale,
             "max_length": self.max_length,
-            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
+            "backbone": self.stands_on,
             "calibration": asdict(self.calibration),
         }
         files.write_json(directory / SETTINGS, settings)
 
     @classmethod
-    def load(cls, directory: str | Path, config: ModelConfig | None = None, device: str = "cpu") -> RewardModel:
+    def load(
+        cls, directory: str | Path, config: ModelConfig | None = None, device: str = "cpu", role: Role | None = None
+    ) -> RewardModel:
         """Read what :meth:`save` wrote.
 
         Args:
             directory: the folder that holds ``reward.json``.
             config: dtype and attention to load the backbone with; None: its own dtype, and sdpa.
             device: where to put it.
+            role: who plays the backbone, where a shared base already carries it; None: load ``model/``.
 
         Raises:
             UserError: something is missing, unreadable or does not fit together.
@@ -201,6 +229,7 @@ class RewardModel(nn.Module):
         files.recover(directory / BACKBONE)
         try:
             settings = files.read_json(directory / SETTINGS)
+            stands_on = str(settings["backbone"])
             heads = EnsembleHeads(
                 settings["feature_size"], settings["prompt_size"], settings["heads"], settings["prior_scale"], seed=0
             )
@@ -215,8 +244,18 @@ class RewardModel(nn.Module):
             raise UserError(
                 f"reward model {directory}: cannot be read ({reason}); delete the folder and run stage=reward again"
             ) from error
-        backbone = load_causal_lm(directory / BACKBONE, config, device)
+        role = role or Role(load_causal_lm(directory / BACKBONE, config, device))
         tokenizer = load_tokenizer(directory / BACKBONE, pad_token=config.pad_token)
-        model = cls(backbone, tokenizer, heads.to(device), max_length)
-        model.calibration = calibration
+        model = cls(role, tokenizer, heads.to(device), max_length)
+        model.calibration, model.stands_on = calibration, stands_on
         return model
+
+
+def backbone_of(directory: Path) -> str:
+    """Return what a saved reward model stands on: ``sft`` (the SFT model as it is), ``adapter`` on it, or ``own``.
+
+    Raises:
+        UserError: its settings cannot be read.
+    """
+    settings: dict[str, str] = files.read_json(directory / SETTINGS)
+    return settings.get("backbone", "own")

@@ -16,6 +16,7 @@ from trlhf.reward.model import RewardModel
 from trlhf.reward.split import Labels, read_split, split_by_prompt
 from trlhf.reward.table import tabulate
 from trlhf.reward.train import usable
+from trlhf.roles import Role
 
 
 class Refitter:
@@ -31,10 +32,11 @@ class Refitter:
         directory: folder of the reward stage.
         config: ``model``, ``reward``, ``hardware`` and ``seed`` matter.
         existing: labels that come with the data.
+        role: who plays the backbone; None: it is loaded.
     """
 
-    def __init__(self, directory: Path, config: Config, existing: Labels) -> None:
-        self.directory, self.config, self.existing = directory, config, existing
+    def __init__(self, directory: Path, config: Config, existing: Labels, role: Role | None = None) -> None:
+        self.directory, self.config, self.existing, self.role = directory, config, existing, role
         self._model: RewardModel | None = None
         self._features = FeatureStore()
         self._sides: dict[PromptKey, bool] = {}
@@ -53,7 +55,7 @@ class Refitter:
     def _load(self) -> RewardModel:
         if self._model is None:
             self._sides = read_split(self.directory)
-            self._model = RewardModel.load(self.directory, self.config.model, choose_device(self.config))
+            self._model = RewardModel.load(self.directory, self.config.model, choose_device(self.config), self.role)
             self.existing = usable(self._model, self.existing)
             if len(self.existing):
                 _, prompts, responses = tabulate(self.existing.responses, self.existing.pairs)

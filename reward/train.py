@@ -20,10 +20,11 @@ from trlhf.models import choose_device
 from trlhf.reward.calibration import calibrate
 from trlhf.reward.finetune import FitSettings
 from trlhf.reward.fit import fit, fit_settings
-from trlhf.reward.model import Calibration, RewardModel
+from trlhf.reward.model import ADAPTER, REWARD_ADAPTER, Calibration, RewardModel
 from trlhf.reward.report import assess, describe_labels, summarise
 from trlhf.reward.split import Label, Labels, split_by_prompt, write_split
 from trlhf.reward.table import tabulate
+from trlhf.roles import SharedBase, load_sft
 from trlhf.run import StageDirectory
 from trlhf.types import Prompt
 
@@ -60,7 +61,9 @@ def train_reward(
         RuntimeError: the saved model, loaded again, scores differently.
     """
     report, probe = _fit_and_save(Labels(labelled, pairs), config, stage, backbone)
-    check_saved(stage.path, config, probe)  # the model itself is gone by now: the two need not fit in memory together
+    check_saved(
+        stage.path, config, probe, backbone
+    )  # the model itself is gone by now: the two need not fit in memory together
     stage.complete(report)
     for line in summarise(report):
         logger.info(line)
@@ -85,7 +88,8 @@ def _fit_and_save(given: Labels, config: Config, stage: StageDirectory, backbone
         heads=config.reward.heads,
         prior_scale=config.reward.prior_scale,
         seed=config.seed,
-    ).to(choose_device(config))
+        device=choose_device(config),
+    )
     training, held = split_by_prompt(usable(model, given), config.reward.holdout, config.seed)
     too_long = len(given) - len(training) - len(held)
     stage.rewind(-1)
@@ -111,13 +115,24 @@ def _fit_and_save(given: Labels, config: Config, stage: StageDirectory, backbone
     return report, Probe(prompts, responses, model.logits(prompts, responses), model.calibration)
 
 
-def check_saved(directory: Path, config: Config, probe: Probe) -> None:
-    """Load a saved reward model and compare every head's score of up to 64 labelled responses.
+def check_saved(directory: Path, config: Config, probe: Probe, sft: Path) -> None:
+    """Load a saved reward model as the rl stage will, and compare every head's score of up to 64 labelled responses.
+
+    Args:
+        directory: folder of the reward stage.
+        config: the whole configuration.
+        probe: what it said before it was saved.
+        sft: folder of the SFT model, which adapters stand on.
 
     Raises:
         RuntimeError: a score differs by more than 1e-5.
     """
-    again = RewardModel.load(directory, config.model, choose_device(config))
+    device = choose_device(config)
+    role = None
+    if (directory / ADAPTER).exists():
+        start = load_sft(sft, config.model, device)
+        role = (start.base or SharedBase(start.model, config.model)).load(REWARD_ADAPTER, directory / ADAPTER)
+    again = RewardModel.load(directory, config.model, device, role)
     difference = float((probe.logits - again.logits(probe.prompts, probe.responses)).abs().max())
     if not difference <= RELOAD_TOLERANCE or again.calibration != probe.calibration:
         raise RuntimeError(

@@ -25,14 +25,20 @@ def seal(checkpoint: Path) -> None:
 
 
 def newest_whole(folder: Path) -> tuple[Path, int] | None:
-    """Return the newest whole checkpoint in a folder, with its step; broken ones (of a kill) are removed."""
+    """Return the newest whole checkpoint in a folder, with its step; all broken ones are removed.
+
+    The trainer keeps those that it finds youngest by their times. One that a kill left half deleted would be young, and
+    take the place of a whole one.
+    """
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    whole = []
     for step, path in sorted(found, reverse=True):
         if _is_whole(path):
-            return path, step
-        _log.warning("%s was not written to the end (the run was stopped meanwhile); it is removed", path)
+            whole.append((path, step))
+            continue
+        _log.warning("%s is not whole (the run was stopped meanwhile); it is removed", path)
         shutil.rmtree(path, ignore_errors=True)
-    return None
+    return whole[0] if whole else None
 
 
 def _is_whole(checkpoint: Path) -> bool:

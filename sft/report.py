@@ -1,4 +1,4 @@
-"""The trainer's steps go to the progress bar and the stage's metrics, and its checkpoints are sealed."""
+"""The trainer's steps go to the progress bar and the stage's metrics; its checkpoints are sealed; SIGTERM stops it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trlhf import preemption
 from trlhf.console import Advance, progress
 from trlhf.errors import UserError
 from trlhf.sft.checkpoints import seal
@@ -24,6 +25,13 @@ _NAMES = {
     "learning_rate": "learning_rate",
     "epoch": "epoch",
 }
+
+
+class AllStepsDone(Exception):
+    """Leave the trainer when it has loaded the checkpoint of the last step.
+
+    It would begin the epoch of that step once more and, where the epoch is a part of one, take a step too many.
+    """
 
 
 class StageCallback(TrainerCallback):
@@ -49,9 +57,15 @@ class StageCallback(TrainerCallback):
         return self._advance is not None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the progress bar, at the step where training goes on."""
+        """Open the progress bar, at the step where training goes on.
+
+        Raises:
+            AllStepsDone: there is none.
+        """
         self._advance = self._open.enter_context(progress("sft steps", state.max_steps))
         self._advance(state.global_step)
+        if state.global_step >= state.max_steps:
+            raise AllStepsDone
 
     def on_log(
         self,
@@ -72,6 +86,11 @@ class StageCallback(TrainerCallback):
                 f"sft: the loss is {logs['loss']} at step {state.global_step}; try a smaller sft.learning_rate, or "
                 "model.dtype=float32"
             )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop after the step in which SIGTERM came."""
+        if preemption.requested():
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal the checkpoint that has just been written."""

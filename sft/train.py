@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pickle
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,13 +17,15 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from trlhf import files
+from trlhf import files, preemption
 from trlhf.console import quiet_libraries
 from trlhf.errors import UserError
 from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
+from trlhf.roles import save_model
+from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
-from trlhf.sft.report import StageCallback
+from trlhf.sft.report import AllStepsDone, StageCallback
 from trlhf.sft.templates import apply_template
 from trlhf.types import Demonstration, RowReport
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from trlhf.config import Config
     from trlhf.run import StageDirectory
 
-CHECKPOINTS = "checkpoints"
-KEPT = 2  # the newest is sealed only after the trainer has deleted what exceeds this, so one would be none for a moment
 SAMPLES = 8
 _log = logging.getLogger(__name__)
 
@@ -85,7 +84,6 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
         "token_accuracy": _last(trainer, "mean_token_accuracy"),
     }
     stage.complete(metrics)
-    shutil.rmtree(stage.path / CHECKPOINTS, ignore_errors=True)
     return metrics
 
 
@@ -147,6 +145,10 @@ def _trainer(
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    model: Any = trainer.model
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # TRL makes adapters of a quantised base bfloat16, where small steps vanish
+            parameter.data = parameter.data.float()
     return trainer
 
 
@@ -180,7 +182,7 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="steps",
         save_steps=sft.save_steps,
-        save_total_limit=KEPT,
+        save_total_limit=sft.save_total_limit,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
@@ -191,7 +193,9 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
 def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     full = not config.model.lora.enabled
     loaded = dataclasses.replace(config.model, dtype="float32") if full else config.model
-    model = load_causal_lm(model_path(config.model.name), loaded)
+    quantized = config.model.quantization != "none"
+    device = choose_device(config) if quantized else "cpu"  # the trainer moves it, unless it is quantised
+    model = load_causal_lm(model_path(config.model.name), loaded, device, quantized=quantized)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.config.update(ids)
     model.generation_config = GenerationConfig(do_sample=False, **ids)
@@ -200,8 +204,11 @@ def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 
 def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback: StageCallback) -> None:
     try:
-        with files.writing(folder):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with files.writing(folder), preemption.patient():
+            with suppress(AllStepsDone):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if preemption.requested():
+                raise preemption.Preempted.at("sft", trainer.state.global_step)
     except UserError:
         raise
     except Exception as error:  # safetensors, torch and json each raise kinds of their own
@@ -217,15 +224,13 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback:
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, config: Config, stage: StageDirectory) -> None:
-    if config.model.lora.enabled:
+    lora = config.model.lora.enabled
+    if lora:
         with stage.new_directory("adapter") as folder:
             model.save_pretrained(folder)
-        model = model.merge_and_unload()
-    model.to(getattr(torch, config.model.dtype))
-    model.config.use_cache = True
+    causal = model.get_base_model() if lora else model
     with stage.new_directory("model") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_model(causal, tokenizer, folder, config.model.dtype, "default" if lora else None)
 
 
 def _write_samples(

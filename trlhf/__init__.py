@@ -15,16 +15,19 @@ import trlhf.run as _run_module  # noqa: F401
 if TYPE_CHECKING:
     from trlhf.errors import ConfigError, UserError
     from trlhf.ledger import Ledger
+    from trlhf.preemption import Preempted
     from trlhf.run import RunResult
     from trlhf.types import Label, Prompt, Rollout
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "Label", "Ledger", "Prompt", "Rollout", "RunResult", "UserError", "__version__", "run"]
+__all__ = ["ConfigError", "Label", "Ledger", "Preempted", "Prompt", "Rollout", "RunResult", "UserError"]
+__all__ += ["__version__", "run"]
 
 _HOMES = {
     "ConfigError": "trlhf.errors",
     "Label": "trlhf.types",
     "Ledger": "trlhf.ledger",
+    "Preempted": "trlhf.preemption",
     "Prompt": "trlhf.types",
     "Rollout": "trlhf.types",
     "RunResult": "trlhf.run",
@@ -41,6 +44,8 @@ def run(overrides: Sequence[str] = ()) -> RunResult:
     Raises:
         ConfigError: with every problem of the configuration.
         UserError: anything else that the caller can mend.
+        Preempted: SIGTERM came while this ran in the main thread; the same call goes on from what is on disk. It is a
+            BaseException, as KeyboardInterrupt is. The caller's own handler of SIGTERM is back in place by then.
     """
     from trlhf.compose import compose
     from trlhf.console import setup_logging

@@ -1,4 +1,4 @@
-"""The command line: compose → check → dispatch. Exit status 0, 2 for a user's error, 130 after Ctrl-C."""
+"""The command line: compose → check → dispatch. Exit status 0, 2 for a user's error, 130 after Ctrl-C, 143 SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trlhf import __version__
 from trlhf.errors import UserError
+from trlhf.preemption import EXIT_STATUS, Preempted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,6 +38,9 @@ def main() -> None:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Preempted as stop:
+        _report(str(stop))
+        sys.exit(EXIT_STATUS)
     except KeyboardInterrupt:
         print("\ntrlhf: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)

@@ -31,7 +31,7 @@ def gae(
     Returns:
         advantages and returns, 0 where the mask is False. Not whitened: returns must not be.
     """
-    rewards, values = rewards * mask, values * mask
+    rewards, values = (torch.where(mask, x, torch.zeros_like(x)) for x in (rewards, values))
     advantages = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -61,3 +61,13 @@ def whiten(values: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], eps: float =
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
     return torch.where(mask, (values - mean) * torch.rsqrt(variance + eps), torch.zeros_like(values))
+
+
+def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> float:
+    """Return 1 - Var(returns - values) / Var(returns) over the real positions: 1 is perfect, 0 as good as a constant.
+
+    NaN where the returns do not vary.
+    """
+    residuals = (returns - values)[mask]
+    spread = float(returns[mask].var(correction=0)) if residuals.numel() else 0.0
+    return 1 - float(residuals.var(correction=0)) / spread if spread > 0 else float("nan")

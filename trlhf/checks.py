@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trlhf.schema import Problem, show
+from trlhf.tracking import is_missing
 
 if TYPE_CHECKING:
     from trlhf.config import Config, DataConfig
@@ -20,11 +22,22 @@ FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
 
 def contradictions(config: Config) -> Iterator[Problem]:
     """Yield every contradiction in a configuration whose single values are in range."""
+    yield from _run(config)
     yield from _batches(config)
     yield from _model(config)
     yield from _data(config)
     yield from _labels(config)
     yield from _rl(config)
+
+
+def _run(config: Config) -> Iterator[Problem]:
+    tracker = config.run.tracker
+    if is_missing(tracker):
+        yield Problem(
+            ("run.tracker",),
+            f"run.tracker={tracker} needs the package {tracker}, which is not installed; "
+            "pip install 'trlhf[tracking]', or leave run.tracker out",
+        )
 
 
 def _batches(config: Config) -> Iterator[Problem]:
@@ -84,6 +97,18 @@ def _model(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("model.lora.target_modules",),
             "model.lora.target_modules=[] with model.lora.enabled=true would train nothing; name some layers",
+        )
+    if model.quantization != "none" and not model.lora.enabled:
+        yield Problem(
+            ("model.quantization", "model.lora.enabled"),
+            f"model.quantization={model.quantization} keeps a base that cannot learn, but model.lora.enabled=false "
+            "would train it; add model.lora.enabled=true",
+        )
+    if model.quantization != "none" and find_spec("bitsandbytes") is None:
+        yield Problem(
+            ("model.quantization",),
+            f"model.quantization={model.quantization} needs the package bitsandbytes, which is not installed; "
+            "pip install 'trlhf[quantized]', or use model.quantization=none",
         )
     if model.lora.enabled and config.reward.finetune == "full":
         yield Problem(
@@ -224,6 +249,13 @@ def _rl(config: Config) -> Iterator[Problem]:
             ("rl.kl_target", "rl.kl_coef"),
             f"rl.kl_target={show(rl.kl_target)} adapts rl.kl_coef by factors, but rl.kl_coef=0 stays 0; "
             "start from 0.02, or set rl.kl_target=null",
+        )
+    responses = rl.prompts_per_step * rl.samples_per_prompt
+    if rl.kl_target is not None and 0.2 * responses >= rl.kl_horizon:
+        yield Problem(
+            ("rl.kl_horizon", "rl.prompts_per_step", "rl.samples_per_prompt"),
+            f"rl.kl_horizon={rl.kl_horizon} is so short that one step of rl.prompts_per_step*rl.samples_per_prompt="
+            f"{responses} responses could take rl.kl_coef to 0 or below; try {10 * responses} or more",
         )
     if rl.anchor_coef > 0 and rl.anchor_prompts == 0:
         yield Problem(

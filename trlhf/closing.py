@@ -1,14 +1,35 @@
-"""The table at the end of a run: what every stage reached, and what it cost. No torch here."""
+"""The summary of a run and the table at its end: what every stage reached, and what it cost. No torch here."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from trlhf.console import print_table
 
+log = logging.getLogger("trlhf")
 NONE = "–"
 Cells = dict[str, str]  # model → what stands in its column
+
+
+def news_of(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a complete stage adds to ``summary.json``: of its metrics alone, so that it can be added later.
+
+    Args:
+        stage: its name.
+        metrics: content of its ``metrics.json``.
+    """
+    if stage == "sft":
+        return {"demonstrations": metrics["demonstrations"]}
+    if stage == "reward":
+        return {"reward": {"held_out": metrics["held_out"]}}
+    if stage == "rl":
+        labels = {name: metrics["labels"][name] for name in ("budget", "spent")}
+        return {"labels": labels, "rl": {name: metrics[name] for name in ("stopped", "held_out_accuracy")}}
+    models, measures = metrics["models"], ("accuracy", "by_kind", "plans", "plans_by_kind")
+    measured = {measure: {name: entry[measure] for name, entry in models.items()} for measure in measures}
+    return {**measured, "paired": metrics["paired"]}
 
 
 def print_closing_table(summary: Mapping[str, Any], confidence: float) -> None:
@@ -27,6 +48,8 @@ def print_closing_table(summary: Mapping[str, Any], confidence: float) -> None:
         if cells or name == "accuracy"
     ]
     print_table(title, ["", *accuracy], rows, caption="newly right, p and wins: against the column to the left")
+    if reason := summary.get("rl", {}).get("stopped"):
+        log.warning("the rl stage ended early: %s", reason)
 
 
 def closing_rows(summary: Mapping[str, Any], confidence: float) -> dict[str, Cells]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,7 @@ def quiet_libraries() -> None:
             library.handlers[:] = logger.handlers
             library.propagate = False
             library.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

@@ -158,6 +158,12 @@ def recover(path: Path) -> None:
             os.rename(aside, path)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of :func:`write_bytes` under a folder that nobody else is writing."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Ask the disk to keep a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from trlhf.masks import mask_from_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TokenIds = Sequence[int]
 ROW_TOKENS = 512  # responses to one prompt share a row up to this length: beyond it attention costs more than is saved
@@ -123,8 +125,7 @@ def response_hidden(backbone: PreTrainedModel, batch: SequenceBatch) -> Float[Te
 
 def response_logits(model: PreTrainedModel, batch: SequenceBatch) -> Float[Tensor, "B R V"]:
     """Return the logits of each response position; none are computed for the prompt or the padding beyond it."""
-    adapted: Any = model
-    causal = adapted.get_base_model() if hasattr(model, "get_base_model") else adapted
+    causal: Any = model
     logits: Tensor = causal.lm_head(response_hidden(causal.model, batch))
     return logits
 
@@ -140,3 +141,9 @@ def token_logprobs(
 def response_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0) -> Float[Tensor, "B R"]:
     """Return the log-probability of every response token, in nats; positions outside the mask are meaningless."""
     return token_logprobs(response_logits(model, batch), batch.response_ids, temperature)
+
+
+def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> Float[Tensor, "B R"]:
+    """Return the entropy of softmax(logits / temperature) at each position, -Σ p log p, in nats, in float32."""
+    logprobs = torch.log_softmax(logits.float() / temperature, -1)
+    return -(logprobs.exp() * logprobs).sum(-1)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from trlhf.errors import UserError
-from trlhf.seeding import derive_seed
 from trlhf.types import Message
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"tokenizer {path}: cannot be loaded ({_first_line(error)}); give a folder or hub name"
+            f"tokenizer {path}: cannot be loaded ({first_line(error)}); give a folder or hub name"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path}: it has no EOS token, so no response could end; choose another model")
@@ -76,13 +79,22 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_causal_lm(path: str | Path, config: ModelConfig, device: str = "cpu") -> PreTrainedModel:
+def load_causal_lm(
+    path: str | Path, config: ModelConfig, device: str = "cpu", *, quantized: bool = False
+) -> PreTrainedModel:
     """Load a causal language model from safetensors, dropout off, in ``config.dtype`` on ``device``.
+
+    Args:
+        path: folder or hub name.
+        config: type, attention and revision.
+        device: where.
+        quantized: quantise its linear layers as ``config.quantization`` says; they compute in ``config.dtype``.
 
     Raises:
         UserError: the folder or hub name holds no readable safetensors model.
     """
     revision = config.revision if str(path) == config.name else None
+    quantization = {"quantization_config": _nf4(config), "device_map": {"": device}} if quantized else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -91,13 +103,28 @@ def load_causal_lm(path: str | Path, config: ModelConfig, device: str = "cpu") -
             attn_implementation=config.attention,
             use_safetensors=True,
             trust_remote_code=False,
+            **quantization,
         )
     except Exception as error:  # transformers, safetensors and the hub each raise kinds of their own
         raise UserError(
-            f"model {path}: cannot be read ({_first_line(error)}); if an earlier stage wrote it, delete that stage's "
+            f"model {path}: cannot be read ({first_line(error)}); if an earlier stage wrote it, delete that stage's "
             "folder and run the stage again"
         ) from error
-    return cast("PreTrainedModel", cast("Any", model).eval().to(device))
+    model = cast("Any", model).eval()
+    for module in model.modules():  # else bitsandbytes repacks the weights for good where it first evaluates
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return cast("PreTrainedModel", model if quantized else model.to(device))
+
+
+def _nf4(config: ModelConfig) -> BitsAndBytesConfig:
+    """Return 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -122,46 +149,10 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*ids, int(tokenizer.eos_token_id)]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an exception says first."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-class Reference:
-    """The policy as it was before RL: a frozen copy, or with adapters the base underneath them."""
-
-    def __init__(self, copy: PreTrainedModel | None) -> None:
-        self._copy = copy
-
-    @contextmanager
-    def active(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """Yield the reference model; while the block runs an adapter policy acts as its own reference."""
-        if self._copy is not None:
-            yield self._copy
-            return
-        with cast("Any", policy).disable_adapter():
-            yield policy
-
-
-def load_policy(path: str | Path, config: ModelConfig, device: str, seed: int = 0) -> tuple[PreTrainedModel, Reference]:
-    """Load the trainable policy and its reference: two copies in full fine-tuning, one base with adapter for LoRA.
-
-    Fresh adapters depend on ``seed`` alone, not on what the process drew before: a resumed run starts from the same.
-    Weights that are trained are float32, in full fine-tuning all of them, whatever ``model.dtype``: AdamW's small steps
-    would vanish in bfloat16. The reference then has the same type, so that the first KL is 0.
-    """
-    if not config.lora.enabled:
-        exact = replace(config, dtype="float32")
-        policy, copy = load_causal_lm(path, exact, device), load_causal_lm(path, exact, device)
-        copy.requires_grad_(False)
-        return policy, Reference(copy)
-    from peft import get_peft_model
-
-    policy = load_causal_lm(path, config, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "rl", "adapters"))
-        adapted = get_peft_model(policy, lora_config(config))
-    return cast("PreTrainedModel", adapted), Reference(None)
 
 
 def lora_config(config: ModelConfig) -> Any:
@@ -175,29 +166,3 @@ def lora_config(config: ModelConfig) -> Any:
         target_modules=list(config.lora.target_modules),
         task_type="CAUSAL_LM",
     )
-
-
-def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save a model that plain transformers loads: adapters merged, tokenizer, template, greedy generation config.
-
-    An adapter policy stays usable: the merge is undone after saving.
-    """
-    from transformers import GenerationConfig
-
-    causal: Any = policy
-    adapted = hasattr(policy, "get_base_model")
-    if adapted:
-        causal = cast("Any", policy).merge_adapter() or cast("Any", policy).get_base_model()
-    state = {
-        name.replace(".base_layer", ""): tensor for name, tensor in causal.state_dict().items() if "lora_" not in name
-    }
-    causal.generation_config = GenerationConfig(
-        do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    causal.save_pretrained(directory, state_dict=state)
-    tokenizer.save_pretrained(directory)
-    if adapted:
-        cast("Any", policy).unmerge_adapter()

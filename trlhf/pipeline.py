@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from trlhf import __version__
 from trlhf.admission import open_run
+from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
+from trlhf.preemption import watch
 from trlhf.run import RunDirectory, RunResult, planned
 from trlhf.types import Label, RowReport
 
@@ -32,13 +34,14 @@ def run_pipeline(config: Config) -> RunResult:
 
     Raises:
         UserError: something that the user can mend; nothing that was finished is lost.
+        Preempted: SIGTERM came; the same call goes on from what is on disk.
     """
     if config.dry_run:
         from trlhf.plan import print_plan
 
         print_plan(config)
         return RunResult(Path(), {})
-    with open_run(config) as run:
+    with watch(), open_run(config) as run:
         setup_logging(run.path)
         _prepare_torch(config)
         from trlhf.tasks import load_task
@@ -50,12 +53,15 @@ def run_pipeline(config: Config) -> RunResult:
         run.update_summary({"seed": config.seed, "versions": _versions()})
         stages: dict[str, Callable[..., None]] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
         for name in planned(config):
-            if _up_to_date(run, name):
-                log.info("stage %s is complete already", name)
+            complete = _up_to_date(run, name)
+            log.info("stage %s is complete already" if complete else "stage %s", name)
+            if complete and not run.interrupted(name):
                 continue
-            log.info("stage %s", name)
             with run.clock(name):
-                stages[name](config, run, task)
+                if not complete:
+                    stages[name](config, run, task)
+                run.stage(name).tidy()
+                run.update_summary(news_of(name, run.stage(name).metrics()))
         _close(config, run)
         return RunResult(run.path, run.summary())
 
@@ -132,8 +138,7 @@ def _base_tokenizer(config: Config) -> Any:
 def _sft(config: Config, run: RunDirectory, task: Task) -> None:
     from trlhf.sft.train import train_sft
 
-    metrics = train_sft(task.demonstrations, config, run.stage("sft"))
-    run.update_summary({"demonstrations": metrics["demonstrations"]})
+    train_sft(task.demonstrations, config, run.stage("sft"))
 
 
 def _reward(config: Config, run: RunDirectory, task: Task) -> None:
@@ -151,8 +156,7 @@ def _reward(config: Config, run: RunDirectory, task: Task) -> None:
         with _ledger(config, run) as ledger:
             archive, labels = buy_first_labels(config, stage, model_dir, task.pool, ledger, task.labeler(config))
     bought, compared = archive.apply(labels)
-    report = train_reward([*task.labelled, *bought], [*task.pairs, *compared], config, stage, model_dir)
-    run.update_summary({"reward": {"held_out": report["held_out"]}})
+    train_reward([*task.labelled, *bought], [*task.pairs, *compared], config, stage, model_dir)
 
 
 @contextmanager
@@ -170,7 +174,13 @@ def _ledger(config: Config, run: RunDirectory) -> Iterator[Ledger]:
 def _rl(config: Config, run: RunDirectory, task: Task) -> None:
     from trlhf.first_labels import SAMPLES
     from trlhf.labelling import Archive
+    from trlhf.models import choose_device
+    from trlhf.reward.features import prompt_key
+    from trlhf.reward.model import backbone_of
+    from trlhf.reward.refit import Refitter
+    from trlhf.reward.split import Labels, read_split
     from trlhf.rl.train import RlInputs, train_rl
+    from trlhf.roles import load_roles
 
     sft = run.stage("sft").require("model", made_by="stage=sft")
     reward_dir = run.stage("reward").require("reward.json", made_by="stage=reward").parent
@@ -178,19 +188,13 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
     archive = Archive(pool)
     if (reward_dir / SAMPLES).exists():
         archive.load(reward_dir / SAMPLES)
+    sides = read_split(reward_dir)
+    held_out = frozenset(prompt.id for prompt in pool if sides.get(prompt_key(prompt)))
     with _ledger(config, run) as ledger:
-        inputs = RlInputs(
-            pool, sft, reward_dir / "model", ledger, task.labeler(config), archive, _refitter(config, reward_dir, task)
-        )
+        roles = load_roles(config, sft, reward_dir, backbone_of(reward_dir), choose_device(config))
+        refit = Refitter(reward_dir, config, Labels(task.labelled, task.pairs), roles.reward)
+        inputs = RlInputs(pool, sft, roles, ledger, task.labeler(config), archive, refit, held_out)
         train_rl(config, run.stage("rl"), inputs)
-
-
-def _refitter(config: Config, reward_dir: Path, task: Task) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
-    """Return what refits the heads of the saved reward model on a larger set of labels, its backbone as it is."""
-    from trlhf.reward.refit import Refitter
-    from trlhf.reward.split import Labels
-
-    return Refitter(reward_dir, config, Labels(task.labelled, task.pairs))
 
 
 def _eval(config: Config, run: RunDirectory, task: Task) -> None:
@@ -224,21 +228,10 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
         )
     stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
     stage.complete(metrics)
-    run.update_summary(
-        {
-            "accuracy": {name: entry["accuracy"] for name, entry in metrics["models"].items()},
-            "by_kind": {name: entry["by_kind"] for name, entry in metrics["models"].items()},
-            "plans": {name: entry["plans"] for name, entry in metrics["models"].items()},
-            "plans_by_kind": {name: entry["plans_by_kind"] for name, entry in metrics["models"].items()},
-            "paired": metrics["paired"],
-        }
-    )
 
 
 def _close(config: Config, run: RunDirectory) -> None:
     """Print what was reached: accuracy by stage with intervals, the paired tests, labels and time."""
-    from trlhf.closing import print_closing_table
-
     summary = run.summary()
     if "accuracy" in summary:
         print_closing_table(summary, config.evaluation.confidence)

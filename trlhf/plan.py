@@ -13,6 +13,7 @@ from trlhf.run import planned
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
+NF4_BYTES = 4.127 / 8  # a weight with its double-quantised scales: https://arxiv.org/abs/2305.14314, sec. 3
 MICRO_CONFIG = Path(__file__).parent / "micro" / "base" / "config.json"
 
 
@@ -35,6 +36,14 @@ class Shape:
         attention = self.hidden * self.hidden * 2 + 2 * self.hidden * self.kv_heads * head
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.layers * layer + self.hidden
+
+    def base_bytes(self, config: ModelConfig) -> float:
+        """Bytes of the weights that ``config`` loads; only linear layers are quantised, embeddings and head are not."""
+        size = BYTES[config.dtype]
+        if config.quantization == "none":
+            return float(self.parameters * size)
+        outside = self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden * (1 + 2 * self.layers)
+        return outside * size + (self.parameters - outside) * NF4_BYTES
 
     def adapter_parameters(self, config: ModelConfig) -> int:
         """Number of LoRA weights: r·(in + out) for each adapted layer."""
@@ -75,16 +84,16 @@ def shape_of(config: ModelConfig) -> Shape | None:
 def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]:
     """Estimate the peak memory of each stage, by role, in bytes.
 
-    Weights at ``model.dtype``; trained weights with float32 gradients, AdamW's two moments and, beside bfloat16 weights
-    or for adapters, the float32 weights that are updated. A critic (``rl.advantage=gae``) trains all of its weights,
-    also where the policy trains adapters. Activations of one microbatch at full length with one float32 copy of its
-    logits, about 34·hidden bytes a token and layer at two bytes a value (Korthikanti et al. 2022,
-    https://arxiv.org/abs/2205.05198, without the attention matrix), or 2·hidden where checkpointed, as SFT does on a
-    GPU. An estimate, wrong by tens of percents.
+    Weights at ``model.dtype`` or quantised; trained weights with float32 gradients, AdamW's two moments and, beside
+    bfloat16 weights or for adapters, the float32 weights that are updated. With adapters all roles of the rl stage
+    share one base (`trlhf.roles`); in full fine-tuning each has its own. Activations of one microbatch at full length
+    with one float32 copy of its logits, about 34·hidden bytes a token and layer at two bytes a value (Korthikanti et
+    al. 2022, https://arxiv.org/abs/2205.05198, without the attention matrix), or 2·hidden where checkpointed, as SFT
+    does on a GPU. An estimate, wrong by tens of percents.
     """
     model, rl = config.model, config.rl
     size = BYTES[model.dtype]
-    weights = float(shape.parameters * size)
+    weights, base = float(shape.parameters * size), shape.base_bytes(model)
     whole = float(shape.parameters * (12 + (4 if model.dtype == "bfloat16" else 0)))
     optimizer = float(shape.adapter_parameters(model) * 16) if model.lora.enabled else whole
 
@@ -95,24 +104,29 @@ def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]
 
     kv = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * size
     length = model.max_length
-    copies = 1 if model.lora.enabled else 2
     critic = rl.algorithm == "ppo" and rl.advantage == "gae"
     finetune = config.reward.finetune
     reward_trained = 0.0 if finetune == "frozen" else optimizer
+    adapter = float(shape.adapter_parameters(model) * 4)
+    own_reward = finetune != "frozen" or model.dtype != "float32"  # else the reference serves (trlhf.roles)
+    if model.lora.enabled:
+        roles = base + adapter * ((model.quantization != "none") + (finetune == "lora"))
+    else:
+        roles = weights * (2 + critic + own_reward)
     estimate = {
         "sft": {
-            "weights": weights,
+            "weights": base,
             "gradients and optimizer": optimizer,
             "activations": activations(config.sft.microbatch_size, length, checkpointed=model.name != "micro"),
         },
         "reward": {
-            "weights": weights,
+            "weights": base,
             "gradients and optimizer": reward_trained,
             "activations": activations(config.reward.microbatch_size, length, checkpointed=finetune == "frozen"),
         },
         "rl": {
-            "weights": weights * (copies + 1 + critic),  # policy, reference (adapters off, or a copy), reward model
-            "gradients and optimizer": optimizer + whole * critic,
+            "weights": roles,  # policy, reference, reward model, value
+            "gradients and optimizer": optimizer * (1 + critic),
             "activations": activations(rl.microbatch_size, length, checkpointed=False),
             "KV cache": float(max(rl.rollout_batch_size, rl.samples_per_prompt) * length * kv),
         },
@@ -128,6 +142,7 @@ def print_plan(config: Config) -> None:
     for line in (
         f"stages: {', '.join(planned(config))}; seed {config.seed}; results in {config.run.dir or 'runs/<date>'}",
         f"model: {config.model.name}, {config.model.dtype}, "
+        + ("NF4 base, " if config.model.quantization == "nf4" else "")
         + (f"LoRA r={config.model.lora.r}" if config.model.lora.enabled else "all weights trained")
         + f", context {config.model.max_length} tokens, template {config.template.name}",
         f"data: {config.data.name}; at most {config.data.sft_prompts or 'all'} demonstrations, "

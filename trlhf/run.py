@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from trlhf import files
 from trlhf.errors import UserError
+from trlhf.tracking import METRICS, Tracking
 
 if TYPE_CHECKING:
     from trlhf.config import Config
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 STAGES = ("sft", "reward", "rl", "eval")
 MARKER = "done"
 BEGUN = "begun"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
 
@@ -36,9 +39,10 @@ class RunResult:
 class StageDirectory:
     """The folder of one stage inside a run directory."""
 
-    def __init__(self, path: Path, run: Path) -> None:
+    def __init__(self, path: Path, run: Path, tracking: Tracking | None = None) -> None:
         self.path = path
         self._run = run
+        self._tracking = tracking
 
     @property
     def done(self) -> bool:
@@ -46,9 +50,17 @@ class StageDirectory:
         return (self.path / MARKER).exists()
 
     def complete(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json`` and then, last of all, the completion marker."""
+        """Write ``metrics.json`` and then the completion marker; only now the checkpoints go."""
+        if self._tracking is not None and (self.path / METRICS).exists():
+            self._tracking.finish()
         files.write_json(self.path / "metrics.json", metrics)
         files.write_bytes(self.path / MARKER, f"{datetime.now().isoformat(timespec='seconds')}\n".encode())
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete the checkpoints of a complete stage, also where a kill left some of them."""
+        if self.done:
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
 
     @property
     def made(self) -> str | None:
@@ -66,13 +78,18 @@ class StageDirectory:
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        files.append_json(self.path / "metrics.jsonl", {"step": step, **metrics})
+        line = files.jsonable({"step": step, **metrics})
+        files.append_json(self.path / METRICS, line)
+        if self._tracking is not None:
+            self._tracking.line(self.path.name, line)
 
     def rewind(self, step: int) -> None:
         """Cut the lines of ``metrics.jsonl`` after a step (and a torn last line), before going on from there."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if path.exists():
             files.write_jsonl(path, [row for row in files.read_jsonl(path) if row["step"] <= step])
+        if self._tracking is not None:
+            self._tracking.close()  # the next line shows what is left, and itself
 
     def write_json(self, name: str, value: object) -> Path:
         """Write one JSON file atomically."""
@@ -120,12 +137,17 @@ class RunDirectory:
         self.path = Path(path)
         self.continued = False  # whether an earlier process had begun it
         self._lock: IO[str] | None = None
+        self._tracking: Tracking | None = None
+
+    def track(self, kind: str) -> None:
+        """Let a tracker (a value of ``run.tracker``) show what the stages log."""
+        self._tracking = Tracking(kind, self.path, STAGES) if kind != "none" else None
 
     def stage(self, name: str) -> StageDirectory:
         """Return the folder of one stage (which may not exist yet)."""
         if name not in STAGES:
             raise ValueError(f"stage {name!r} is none of {', '.join(STAGES)}")
-        return StageDirectory(self.path / name, self.path)
+        return StageDirectory(self.path / name, self.path, self._tracking)
 
     @property
     def ledger(self) -> Path:
@@ -149,30 +171,37 @@ class RunDirectory:
         files.write_json(self.path / "summary.json", merged)
         return merged
 
+    def interrupted(self, name: str) -> bool:
+        """Say whether a stage's `clock` was left other than at its end, be it after the stage was complete."""
+        return (self.path / name / BEGUN).exists()
+
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the summary, and first those of a process that was killed in it.
+        """Add the seconds that the block takes to the summary, and first those of processes that were killed in it.
 
-        A killed one worked at least until it last wrote something into the stage's folder.
+        A killed one worked at least until it last wrote something into the stage's folder. The marker, which holds the
+        seconds spent before it was written, goes when the block succeeds, and last of all.
         """
-        begun, lost, start = self.path / name / BEGUN, 0.0, time.monotonic()
-        if begun.exists():
+        begun, start = self.path / name / BEGUN, time.monotonic()
+        before = float(self.summary().get("seconds", {}).get(name, 0.0))
+        if self.interrupted(name):
             written = (path.stat().st_mtime for path in begun.parent.rglob("*") if path.is_file())
-            lost = max(written) - begun.stat().st_mtime
-        files.write_bytes(begun, b"")
+            before = float(begun.read_text() or before) + max(written) - begun.stat().st_mtime
+        files.write_bytes(begun, repr(before).encode())
 
-        def stop() -> None:
-            before = self.summary().get("seconds", {}).get(name, 0.0)
-            begun.unlink(missing_ok=True)
-            self.update_summary({"seconds": {name: round(before + lost + time.monotonic() - start, 2)}})
+        def stop() -> float:
+            spent = round(before + time.monotonic() - start, 2)
+            self.update_summary({"seconds": {name: spent}})
+            return spent
 
         try:
             yield
         except BaseException:
             with suppress(UserError, OSError):  # the block's own error is what the user has to read
-                stop()
+                files.write_bytes(begun, repr(stop()).encode())
             raise
         stop()
+        begun.unlink(missing_ok=True)
 
     def lock(self) -> None:
         """Keep other processes out.
@@ -193,13 +222,16 @@ class RunDirectory:
                 f"run.dir={self.path}: another process (pid {owner}) is writing this run; "
                 "wait for it, stop it, or give another run.dir"
             ) from error
+        files.sweep(self.path)
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")
         handle.flush()
         self._lock = handle
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Close the tracker and give the lock back."""
+        if self._tracking is not None:
+            self._tracking.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

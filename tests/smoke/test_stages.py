@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from same_end import differences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trlhf
@@ -27,6 +26,7 @@ from trlhf.errors import UserError
 from trlhf.labelers.simulated import SimulatedPerson
 from trlhf.ledger import Ledger, question_key
 from trlhf.rl import checkpoint
+from trlhf.rl.checkpoint import Progress
 from trlhf.run import STAGES, RunDirectory, StageDirectory
 from trlhf.sft.templates import load_template
 from trlhf.types import Label, Prompt, Question
@@ -100,11 +100,6 @@ def labels_of(directory: Path) -> list[Label]:
     with Ledger(directory / "ledger.sqlite", BUDGET) as ledger:
         assert ledger.unanswered() == []
         return ledger.labels()
-
-
-def asked(directory: Path) -> list[tuple[Any, ...]]:
-    """What was asked and answered, in order, without the time."""
-    return [(x.kind, x.prompt_id, x.responses, x.answer, x.outcome, x.round) for x in labels_of(directory)]
 
 
 @pytest.fixture(scope="module")
@@ -200,17 +195,14 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def check_same_end(directory: Path, undisturbed: Path) -> None:
-    """Check labels, log and weights, bit for bit, against the run that nobody killed."""
-    assert asked(directory) == asked(undisturbed)
+    """Check everything, bit for bit, against the run that nobody killed."""
+    compared = differences(directory, undisturbed)
+    assert {name: difference for name, difference in compared.items() if difference} == {}
     keys = [
         question_key(Question(x.kind, Prompt(x.prompt_id, ()), x.responses, x.answer, repeat=x.repeat))
         for x in labels_of(directory)
     ]
     assert len(set(keys)) == len(keys)
-    lines = [(one / "rl" / "metrics.jsonl").read_text() for one in (directory, undisturbed)]
-    assert lines[0] == lines[1]
-    mine, theirs = weights(directory), weights(undisturbed)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 # ---- whole runs ----
@@ -320,10 +312,10 @@ def killed_in_the_middle_of(place: str, monkeypatch: pytest.MonkeyPatch) -> None
             raise Killed
         return answer(self, asked)
 
-    def after_labels_are_bought(stage: StageDirectory, policy: Any, learner: Any, state: checkpoint.Progress) -> None:
+    def after_labels_are_bought(stage: StageDirectory, policy: Any, learner: Any, state: Progress, keep: int) -> None:
         if state.round == 2:
             raise Killed
-        save(stage, policy, learner, state)
+        save(stage, policy, learner, state, keep)
 
     def before_the_model_is_saved(*_: Any) -> None:
         raise Killed
@@ -334,7 +326,7 @@ def killed_in_the_middle_of(place: str, monkeypatch: pytest.MonkeyPatch) -> None
     elif place == "ledger":
         monkeypatch.setattr(checkpoint, "save", after_labels_are_bought)
     else:
-        monkeypatch.setattr("trlhf.rl.train.save_policy", before_the_model_is_saved)
+        monkeypatch.setattr("trlhf.rl.train.save_model", before_the_model_is_saved)
 
 
 def test_wherever_it_dies_the_same_command_ends_the_same(
@@ -351,27 +343,6 @@ def test_wherever_it_dies_the_same_command_ends_the_same(
     check_same_end(directory, undisturbed)
 
 
-@pytest.fixture
-def killed(copied: Callable[[str], Path]) -> Iterator[Path]:
-    """A run that SIGKILL met in the second round of its rl stage."""
-    directory = copied("run")
-    log = directory / "rl" / "metrics.jsonl"
-    with subprocess.Popen(
-        command(directory, *LONGER, "stage=rl"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-    yield directory
-
-
-def test_a_killed_run_ends_as_an_undisturbed_one(killed: Path, undisturbed: Path) -> None:
-    assert not RunDirectory(killed).stage("rl").done and (killed / "rl" / "checkpoint").exists()
-    run(killed, *LONGER, "stage=rl")
-    check_same_end(killed, undisturbed)
-
-
 # ---- other models ----
 
 
@@ -385,11 +356,14 @@ def test_the_7b_recipe_runs_with_the_embedded_base(copied: Callable[[str], Path]
     assert not (directory / "sft" / "adapter").exists()
 
 
-def test_adapters_all_the_way(tmp_path: Path) -> None:
-    lora = ["model.lora.enabled=true", "model.lora.r=4", "model.lora.alpha=8"]
-    run(tmp_path / "run", *SIZES, *lora)
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_adapters_all_the_way(tmp_path: Path, quantization: str) -> None:
+    """Four roles on one base, which is quantised or not: policy, reference, reward model and value."""
+    lora = ["model.lora.enabled=true", "model.lora.r=4", "model.lora.alpha=8", f"model.quantization={quantization}"]
+    run(tmp_path / "run", *SIZES, *lora, "reward.finetune=lora", "reward.epochs=1", "rl.advantage=gae")
     check_contract(tmp_path / "run", {"sft": 6, "rl": 2})
-    assert (tmp_path / "run" / "sft" / "adapter" / "adapter_model.safetensors").exists()
+    for stage in ("sft", "reward"):
+        assert (tmp_path / "run" / stage / "adapter" / "adapter_model.safetensors").exists()
     for stage in ("sft", "rl"):
         check_model(tmp_path / "run" / stage / "model")
     base = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")

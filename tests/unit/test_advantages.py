@@ -1,11 +1,13 @@
-"""GAE, leave-one-out and whitening, by hand-worked values and identities."""
+"""GAE, leave-one-out, whitening and explained variance, by hand-worked values and identities."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from trlhf.advantages import gae, leave_one_out, whiten
+from trlhf.advantages import explained_variance, gae, leave_one_out, whiten
 
 
 def slow_gae(
@@ -46,6 +48,9 @@ def test_what_stands_behind_the_mask_does_not_matter() -> None:
     first = gae(torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[0.1, 0.2, 9.0]]), mask)
     second = gae(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.1, 0.2, 0.0]]), mask)
     torch.testing.assert_close(first, second)
+    nan = float("nan")
+    third = gae(torch.tensor([[0.0, 1.0, nan]]), torch.tensor([[0.1, 0.2, nan]]), mask)
+    torch.testing.assert_close(third, second)
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
@@ -65,3 +70,19 @@ def test_whitening_is_over_the_real_positions_and_has_mean_zero() -> None:
     assert real.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
     assert (found[~mask] == 0).all()
     assert torch.isfinite(whiten(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))).all()
+
+
+def test_explained_variance_is_one_for_the_truth_and_zero_for_a_constant() -> None:
+    mask = torch.tensor([[True, True, True, False]])
+    returns = torch.tensor([[1.0, 2.0, 6.0, float("nan")]])
+    assert explained_variance(returns, returns, mask) == 1.0
+    assert explained_variance(torch.full((1, 4), 5.0), returns, mask) == pytest.approx(0.0, abs=1e-6)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(1 - 4, abs=1e-6)
+    assert explained_variance(returns / 2, returns, mask) == pytest.approx(0.75, abs=1e-6)
+
+
+def test_explained_variance_of_returns_that_do_not_vary_is_nan() -> None:
+    for mask in (torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)):
+        assert math.isnan(explained_variance(torch.tensor([[0.1, 0.2, 0.4]]), torch.ones(1, 3), mask))
+    one = torch.tensor([[True, False, False]])
+    assert math.isnan(explained_variance(torch.tensor([[0.1, 0.2, 0.4]]), torch.tensor([[0.0, 1.0, 2.0]]), one))

@@ -14,7 +14,10 @@ import trlhf
 
 PACKAGE = Path(trlhf.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pandas", "pyarrow", "scipy", "sqlalchemy")
-NO_TORCH = ("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose")
+NO_TORCH = (
+    *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
+    *("preemption", "closing"),
+)
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")
 

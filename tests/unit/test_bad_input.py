@@ -260,13 +260,13 @@ def test_an_unreadable_model(given: Callable[..., list[str]], refused: Refused, 
 def test_an_unreadable_rl_checkpoint(given: Callable[..., list[str]], refused: Refused, prepared: Path) -> None:
     RunDirectory(prepared).stage("reward").write_json("reward.json", {})
     RunDirectory(prepared).stage("reward").complete({})
-    state = prepared / "rl" / checkpoint.NAME / "state.pt"
+    state = checkpoint.folder_of(RunDirectory(prepared).stage("rl"), 4) / checkpoint.STATE
     state.parent.mkdir(parents=True)
     state.write_bytes(b"not a checkpoint")
     told = refused(given("rl"))
     assert told.startswith(f"{state}: this checkpoint cannot be read (")
     assert told.endswith(
-        f"delete the folder {state.parent} to start the rl stage again (labels already bought are kept)"
+        f"delete the folder {prepared}/rl/checkpoints to start the rl stage again (labels already bought are kept)"
     )
     assert_nothing_lost(prepared)
 

@@ -185,7 +185,9 @@ def test_one_wrong_value(values: dict[str, Any], message: str) -> None:
             "model.attention=flash_attention_2 needs a GPU, but hardware.device=cpu; use model.attention=sdpa",
         ),
         ({"rl": {"kl_coef": 0, "kl_target": 1}}, "rl.kl_target=1 adapts rl.kl_coef by factors, but rl.kl_coef=0 "),
+        ({"rl": {"kl_target": 1, "kl_horizon": 50}}, "rl.kl_horizon=50 is so short that one step of "),
         ({"rl": {"anchor_prompts": 0}}, "rl.anchor_prompts=0 gives rl.anchor_coef="),
+        ({"model": {"quantization": "nf4"}}, "model.quantization=nf4 keeps a base that cannot learn, but "),
         ({"rl": {"dual_clip": 1.1}}, "rl.dual_clip=1.1 must be greater than 1+rl.clip_range=1.2; try 3"),
     ],
 )

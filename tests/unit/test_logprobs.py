@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trlhf.logprobs import pad_sequences, response_logprobs, token_logprobs
+from trlhf.logprobs import pad_sequences, response_logprobs, token_entropy, token_logprobs
 
 PROMPTS = [(5, 6, 7), (5, 6, 7), (8, 9, 10, 11, 12), (5, 6, 7)]
 RESPONSES = [(20, 21, 2), (22, 2), (23, 24, 25, 26, 2), (27, 28, 2)]
@@ -73,6 +74,24 @@ def test_temperature_divides_the_logits() -> None:
     logits = torch.tensor([[[2.0, 0.0]]])
     found = token_logprobs(logits, torch.tensor([[0]]), temperature=2.0)
     assert found.item() == pytest.approx(torch.tensor(1.0).sigmoid().log().item(), abs=1e-6)
+
+
+def test_entropy_is_that_of_the_tempered_distribution() -> None:
+    flat = token_entropy(torch.zeros(1, 1, 8))
+    assert flat.item() == pytest.approx(math.log(8), abs=1e-6)
+    sure = token_entropy(torch.tensor([[[100.0, 0.0]]]))
+    assert sure.item() == pytest.approx(0.0, abs=1e-6)
+    logits = torch.tensor([[[2.0, 0.0]]])
+    torch.testing.assert_close(token_entropy(logits, temperature=2.0), token_entropy(logits / 2))
+
+
+def test_gradcheck() -> None:
+    """Both compute in float32: steps of 1e-2 keep rounding and curvature below 1e-3."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 4, (2, 3))
+    for function in (lambda x: token_logprobs(x, tokens, 0.7), lambda x: token_entropy(x, 0.7)):
+        assert torch.autograd.gradcheck(function, (logits,), eps=1e-2, atol=1e-3)
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

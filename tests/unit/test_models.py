@@ -11,21 +11,18 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trlhf.config import HardwareConfig, LoraConfig, ModelConfig, build_config
 from trlhf.errors import UserError
-from trlhf.logprobs import SequenceBatch, pad_sequences, response_logprobs
 from trlhf.models import (
     MICRO_BASE,
     choose_device,
     encode_prompt,
     encode_response,
     load_causal_lm,
-    load_policy,
     load_tokenizer,
     model_path,
-    save_policy,
 )
 from trlhf.sft.templates import load_template
 from trlhf.types import Message
@@ -42,35 +39,6 @@ def copy_with(source: Path, target: Path, **values: str | None) -> Path:
     kept = {**json.loads(path.read_text()), **values}
     path.write_text(json.dumps({name: value for name, value in kept.items() if value is not None}))
     return target
-
-
-def adapted(path: Path) -> tuple[PreTrainedModel, Any]:
-    """Load a policy whose adapters do something: their second factor starts at zero."""
-    policy, reference = load_policy(path, LORA, "cpu")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    return policy, reference
-
-
-def test_fresh_adapters_depend_on_the_seed_alone(tiny_model_dir: Path) -> None:
-    def adapters(drawn_before: int, seed: int) -> list[torch.Tensor]:
-        torch.manual_seed(drawn_before)
-        state = torch.get_rng_state()
-        policy, _ = load_policy(tiny_model_dir, LORA, "cpu", seed)
-        assert torch.equal(torch.get_rng_state(), state), "nothing else may draw otherwise because of the adapters"
-        return [parameter.detach() for name, parameter in policy.named_parameters() if "lora_A" in name]
-
-    first, again, other = adapters(1, 0), adapters(2, 0), adapters(1, 5)
-    assert first and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-@pytest.fixture(scope="module")
-def batch() -> SequenceBatch:
-    return pad_sequences([[1, 9, 8], [1, 7]], [[5, 6, 2], [4, 2]], 3)
 
 
 def test_the_embedded_base_is_a_folder_of_the_package() -> None:
@@ -170,87 +138,3 @@ def test_prompt_and_response_are_the_whole_chat(tiny_model_dir: Path, kind: str,
     assert prompt + response == list(whole)
     assert response[-1] == tokenizer.eos_token_id and prompt[0] == tokenizer.bos_token_id
     assert tokenizer.decode(response[:-1]).strip() == text.strip()
-
-
-def test_adapters_are_saved_merged_and_the_policy_stays_as_it_was(tiny_model_dir: Path, tmp_path: Path) -> None:
-    policy, _ = adapted(tiny_model_dir)
-    tokenizer = load_tokenizer(tiny_model_dir)
-    ids = torch.tensor([encode_prompt(tokenizer, CHAT)])
-    with torch.no_grad():
-        before = policy(ids).logits
-        weights = {name: parameter.clone() for name, parameter in policy.named_parameters()}
-        save_policy(policy, tokenizer, tmp_path / "saved")
-        after = policy(ids).logits
-        plain, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
-        saved = plain(ids).logits
-        base = load_causal_lm(tiny_model_dir, ModelConfig())(ids).logits
-    assert not any(notes[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), notes
-    assert (saved - base).abs().max() > 1e-3, "the adapters changed nothing, so this test could not fail"
-    torch.testing.assert_close(saved, before, atol=1e-5, rtol=0)
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    for name, parameter in policy.named_parameters():
-        torch.testing.assert_close(parameter, weights[name], atol=1e-6, rtol=0)
-    assert [p.requires_grad for p in policy.parameters()] == ["lora_" in name for name in weights]
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_saved_folder_needs_nothing_of_ours(tiny_model_dir: Path, tmp_path: Path, lora: bool) -> None:
-    policy = adapted(tiny_model_dir)[0] if lora else load_causal_lm(tiny_model_dir, ModelConfig())
-    save_policy(policy, load_tokenizer(tiny_model_dir), tmp_path / "saved")
-    assert not list((tmp_path / "saved").glob("adapter*")) and not list((tmp_path / "saved").glob("*.bin"))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert tokenizer.chat_template == load_template("cerebrum")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    greedy = model.generation_config
-    assert (greedy.do_sample, greedy.eos_token_id, greedy.pad_token_id) == (False, 2, 3)
-    ids = torch.tensor([encode_prompt(tokenizer, CHAT)])
-    first, second = (model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def test_the_reference_under_adapters_is_the_sft_model(tiny_model_dir: Path, batch: SequenceBatch) -> None:
-    policy, reference = adapted(tiny_model_dir)
-    sft = load_causal_lm(tiny_model_dir, ModelConfig())
-    with torch.no_grad():
-        expected, own = response_logprobs(sft, batch), response_logprobs(policy, batch)
-        with reference.active(policy) as model:
-            found = response_logprobs(model, batch)
-        again = response_logprobs(policy, batch)
-    torch.testing.assert_close(found[batch.response_mask], expected[batch.response_mask], atol=1e-6, rtol=0)
-    assert (own - expected).abs().max() > 1e-3
-    assert torch.equal(own, again)
-
-
-def test_the_reference_in_full_fine_tuning_is_a_frozen_copy(tiny_model_dir: Path, batch: SequenceBatch) -> None:
-    policy, reference = load_policy(tiny_model_dir, ModelConfig(), "cpu")
-    with torch.no_grad():
-        expected = response_logprobs(policy, batch)
-        for parameter in policy.parameters():
-            parameter.mul_(1.1)
-        with reference.active(policy) as model:
-            assert model is not policy and not any(p.requires_grad for p in model.parameters())
-            assert torch.equal(response_logprobs(model, batch), expected)
-    assert all(p.requires_grad for p in policy.parameters())
-
-
-def test_gradients_reach_adapters_only(tiny_model_dir: Path, batch: SequenceBatch) -> None:
-    policy, _ = adapted(tiny_model_dir)
-    loss: Any = (response_logprobs(policy, batch) * batch.response_mask).sum()
-    loss.backward()
-    graded = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    modules = {name.split(".")[-4] for name in graded}
-    assert graded and all("lora_" in name for name in graded)
-    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def test_weights_that_rl_trains_are_float32_whatever_the_model_is_stored_in(tiny_model_dir: Path) -> None:
-    from trlhf.rl.critic import Critic
-
-    stored = ModelConfig(dtype="bfloat16")
-    policy, reference = load_policy(tiny_model_dir, stored, "cpu")
-    with reference.active(policy) as model:
-        roles = [policy, model, Critic(tiny_model_dir, stored, "cpu")]
-    assert all({p.dtype for p in role.parameters()} == {torch.float32} for role in roles)
-    policy, _ = load_policy(tiny_model_dir, replace(LORA, dtype="bfloat16"), "cpu")
-    types = {(p.requires_grad, p.dtype) for p in policy.parameters()}
-    assert types == {(True, torch.float32), (False, torch.bfloat16)}

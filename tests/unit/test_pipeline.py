@@ -8,6 +8,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from trlhf.models import encode_prompt, load_tokenizer
 from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.round import RlInputs, Round
+from trlhf.roles import Role
 from trlhf.run import BEGUN, RunDirectory
 from trlhf.targeting import Candidate
 from trlhf.tasks import Task
@@ -117,6 +119,10 @@ def test_one_model_at_a_time_is_evaluated(
 # ---- time ----
 
 
+class Killed(BaseException):
+    """What SIGKILL is to a process."""
+
+
 def test_seconds_add_up_over_errors_and_kills(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
 
@@ -127,18 +133,27 @@ def test_seconds_add_up_over_errors_and_kills(tmp_path: Path) -> None:
         time.sleep(0.03)
         raise ZeroDivisionError
     first = spent()
-    assert 0.03 <= first < 1 and not (tmp_path / "rl" / BEGUN).exists()
-    (tmp_path / "rl" / BEGUN).write_bytes(b"")  # a process was killed that had begun 100 s before its last line
-    (tmp_path / "rl" / "metrics.jsonl").write_text("{}\n")
+    assert 0.03 <= first < 1 and run.interrupted("rl")
     now = time.time()
-    os.utime(tmp_path / "rl" / BEGUN, (now - 500, now - 500))
-    os.utime(tmp_path / "rl" / "metrics.jsonl", (now - 400, now - 400))
+
+    def killed_100_s_after_it_began() -> None:
+        (tmp_path / "rl" / "metrics.jsonl").write_text("{}\n")
+        os.utime(tmp_path / "rl" / BEGUN, (now - 500, now - 500))
+        os.utime(tmp_path / "rl" / "metrics.jsonl", (now - 400, now - 400))
+
+    killed_100_s_after_it_began()
+    with suppress(Killed), run.clock("rl"):
+        killed_100_s_after_it_began()  # once more, before it came to add the first 100 s to the summary
+        kept = (tmp_path / "rl" / BEGUN).read_text()
+        raise Killed
+    (tmp_path / "rl" / BEGUN).write_text(kept)
+    killed_100_s_after_it_began()
+    with run.clock("rl"):
+        assert run.interrupted("rl")
+    assert 199.9 <= spent() - first < 201 and not run.interrupted("rl")
     with run.clock("rl"):
         pass
-    assert 99.9 <= spent() - first < 101 and not (tmp_path / "rl" / BEGUN).exists()
-    with run.clock("rl"):
-        pass
-    assert spent() - first < 101
+    assert spent() - first < 201
 
 
 # ---- prompts that leave no room ----
@@ -181,11 +196,12 @@ def test_prompts_that_leave_no_room_are_left_out_and_named(tiny_model_dir: Path)
 
 def test_a_checkpoint_that_a_kill_left_set_aside_is_found(tmp_path: Path) -> None:
     stage, model = RunDirectory(tmp_path).stage("rl"), torch.nn.Linear(2, 2)
-    policy: Any = model
+    policy = Role(cast("Any", model))
     learner: Any = torch.nn.Linear(1, 1)
-    checkpoint.save(stage, policy, learner, Progress(round=2, step=5))
-    (stage.path / checkpoint.NAME).rename(stage.path / f".{checkpoint.NAME}.old")  # killed between two renames
-    policy.device = torch.device("cpu")
+    checkpoint.save(stage, policy, learner, Progress(round=2, step=5), keep=2)
+    folder = checkpoint.folder_of(stage, 5)
+    folder.rename(folder.with_name(f".{folder.name}.old"))  # killed between two renames
+    cast("Any", model).device = torch.device("cpu")
     assert checkpoint.load(stage, policy, learner) == Progress(round=2, step=5)
 
 

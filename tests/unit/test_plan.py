@@ -14,8 +14,9 @@ import trlhf
 from trlhf import plan
 from trlhf.compose import compose
 from trlhf.config import Config, LoraConfig, ModelConfig
-from trlhf.models import load_causal_lm, load_policy, model_path
+from trlhf.models import load_causal_lm, model_path
 from trlhf.plan import GIB, MISTRAL_7B, Shape, memory_estimate, shape_of
+from trlhf.roles import SharedBase
 
 
 def one(*overrides: str) -> Config:
@@ -46,7 +47,7 @@ def test_adapters_are_counted_layer_by_layer() -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 def test_adapters_are_counted_as_peft_makes_them(tiny_model_dir: Path) -> None:
     config = ModelConfig(name=str(tiny_model_dir), lora=LoraConfig(enabled=True, r=4))
-    policy, _ = load_policy(tiny_model_dir, config, "cpu")
+    policy = SharedBase(load_causal_lm(tiny_model_dir, config), config).add("policy", 0).model
     shape = shape_of(config)
     assert shape is not None
     assert shape.adapter_parameters(config) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -69,12 +70,17 @@ def test_memory_grows_with_what_takes_it() -> None:
     full = replace(config, model=replace(config.model, lora=LoraConfig(enabled=False)))
     assert memory_estimate(full, MISTRAL_7B)["rl"]["gradients and optimizer"] == 16 * MISTRAL_7B.parameters
     assert memory_estimate(full, MISTRAL_7B)["rl"]["weights"] > estimate["rl"]["weights"]
+    adapter = MISTRAL_7B.adapter_parameters(config.model)
+    assert estimate["rl"]["weights"] == weights + 4 * adapter  # one base for all roles; the reward model's adapter
+    assert estimate["rl"]["gradients and optimizer"] == 16 * adapter
     gae = one("experiment=cerebrum-7b", "rl.advantage=gae")
-    assert memory_estimate(gae, MISTRAL_7B)["rl"]["weights"] == estimate["rl"]["weights"] + weights
-    assert memory_estimate(gae, MISTRAL_7B)["rl"]["gradients and optimizer"] == (  # the critic trains all its weights
-        estimate["rl"]["gradients and optimizer"] + 16 * MISTRAL_7B.parameters
-    )
-    assert estimate["rl"]["gradients and optimizer"] == 16 * MISTRAL_7B.adapter_parameters(config.model)
+    assert memory_estimate(gae, MISTRAL_7B)["rl"]["weights"] == estimate["rl"]["weights"]
+    assert memory_estimate(gae, MISTRAL_7B)["rl"]["gradients and optimizer"] == 2 * 16 * adapter
+    copies = replace(gae, model=full.model)
+    assert memory_estimate(copies, MISTRAL_7B)["rl"]["weights"] == 4 * weights
+    assert memory_estimate(copies, MISTRAL_7B)["rl"]["gradients and optimizer"] == 2 * 16 * MISTRAL_7B.parameters
+    quantized = memory_estimate(one("experiment=cerebrum-7b", "model.quantization=nf4"), MISTRAL_7B)
+    assert 3.5 < quantized["rl"]["weights"] / GIB < 4.5 and quantized["eval"] == estimate["eval"]
     wider = memory_estimate(one("experiment=cerebrum-7b", "rl.rollout_batch_size=64"), MISTRAL_7B)
     assert wider["rl"]["KV cache"] == 2 * estimate["rl"]["KV cache"] and wider["eval"] == estimate["eval"]
     longer = one("experiment=cerebrum-7b", "model.max_length=4096")

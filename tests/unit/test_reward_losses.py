@@ -1,10 +1,8 @@
-"""Losses of the reward model: values worked by hand, signs, identities, and TRL's own loss."""
+"""Losses of the reward model: values worked by hand, signs, identities. The papers' loops are in tests/parity."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,23 +135,3 @@ def test_nothing_to_learn_from_is_zero_and_not_nan() -> None:
 def test_an_impossible_flip_rate_is_refused(flip_rate: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 0.5\)"):
         verdict_loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), 1.0, flip_rate)
-
-
-def test_parity_with_trl() -> None:
-    from trl import RewardTrainer
-
-    torch.manual_seed(2)
-    chosen, rejected = torch.randn(6, 1), torch.randn(6, 1)
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=False),
-        args=SimpleNamespace(center_rewards_coefficient=None),
-        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-    )
-    model = lambda **_: SimpleNamespace(logits=torch.cat([chosen, rejected]))  # noqa: E731
-    theirs = RewardTrainer.compute_loss(trainer, model, {"attention_mask": torch.ones(12, 4)})
-    ours, metrics = preference_loss(chosen, rejected, torch.ones(6), torch.ones(6, 1), denominator=6.0)
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-7)
-    assert metrics["accuracy"] == pytest.approx(trainer._metrics["eval"]["accuracy"][0])
-    assert metrics["margin"] == pytest.approx(trainer._metrics["eval"]["margin"][0], abs=1e-6)

@@ -114,7 +114,7 @@ def test_a_fit_is_repeatable_and_its_seed_matters(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("kind", "learning_rate"), [("lora", 1e-3), ("full", 1e-4)])
+@pytest.mark.parametrize(("kind", "learning_rate"), [("lora", 2e-3), ("full", 1e-4)])
 def test_the_backbone_learns_too(
     tiny_model_dir: Path, kind: str, learning_rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from trlhf.config import ModelConfig, RlConfig
 from trlhf.errors import UserError
 from trlhf.knowledge import Knowledge
 from trlhf.logprobs import pad_sequences
-from trlhf.models import Reference, encode_prompt, load_causal_lm, load_tokenizer
+from trlhf.models import encode_prompt, load_causal_lm, load_tokenizer
 from trlhf.rl import checkpoint
 from trlhf.rl.anchors import Anchor, anchor_loss, find_anchors, still_trusted
 from trlhf.rl.checkpoint import Progress
@@ -25,8 +26,9 @@ from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner, build_pairs
 from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.ppo import PpoLearner
+from trlhf.roles import Role
 from trlhf.rollout import Sampling, sample_responses
-from trlhf.run import RunDirectory
+from trlhf.run import RunDirectory, StageDirectory
 from trlhf.targeting.choose import Candidate
 from trlhf.types import Label, Prompt, Rollout, Score
 
@@ -189,18 +191,18 @@ class Toy:
 
     def __init__(self, path: Path, config: RlConfig, far: bool = False) -> None:
         self.tokenizer = load_tokenizer(path)
-        self.policy, copy = (load_causal_lm(path, ModelConfig()) for _ in range(2))
+        self.policy, copy, third = (load_causal_lm(path, ModelConfig()) for _ in range(3))
         if far:  # the policy has left its reference
             with torch.no_grad():
                 for parameter in copy.parameters():
                     parameter.mul_(1.3)
-        self.reference = Reference(copy.requires_grad_(False))
-        self.critic = Critic(path, ModelConfig(), "cpu") if config.advantage == "gae" else None
+        self.role, self.reference = Role(self.policy), Role(copy).frozen()
+        self.critic = Critic(Role(third)) if config.advantage == "gae" else None
         self.ids = [tuple(encode_prompt(self.tokenizer, prompt.messages)) for prompt in PROMPTS]
         self.learner: Learner = (
-            DpoLearner(self.policy, self.reference, config, PAD)
+            DpoLearner(self.role, self.reference, config, PAD)
             if config.algorithm == "dpo"
-            else PpoLearner(self.policy, self.reference, self.critic, config, PAD)
+            else PpoLearner(self.role, self.reference, self.critic, config, PAD)
         )
 
     def sample(self, seed: int) -> list[Group]:
@@ -224,8 +226,8 @@ class Toy:
 
     def gradients(self) -> Tensor:
         """What the last step's gradients were, clipped; the learner clears them only at the next step."""
-        models = [self.policy, *([self.critic] if self.critic is not None else [])]
-        return flat(p.grad for model in models for p in model.parameters() if p.grad is not None)
+        learning = [*self.role.trainable().values(), *(self.critic.trainable().values() if self.critic else ())]
+        return flat(p.grad for p in learning if p.grad is not None)
 
 
 def toy_reward(row: Rollout) -> float:
@@ -339,7 +341,7 @@ def test_anchors_hold_the_policy_where_it_was(toy: Callable[..., Toy], config: R
         trial = toy(replace(config, anchor_coef=coefficient, anchor_prompts=4, learning_rate=2e-3))
         metrics = trial.learn(4, anchors)
         with torch.no_grad():
-            moved[coefficient] = float(anchor_loss(trial.policy, trial.reference, anchors, PAD))
+            moved[coefficient] = float(anchor_loss(trial.role, trial.reference, anchors, PAD, 4.0))
         assert (metrics[-1].get("anchor_kl", 0.0) > 0) == (coefficient > 0)
     assert moved[3.0] < 0.5 * moved[0.0], moved
 
@@ -407,10 +409,10 @@ def test_a_finite_gradient_forgives_the_bad_ones(toy: Callable[..., Toy], config
 def test_warming_up_moves_the_critic_alone(toy: Callable[..., Toy]) -> None:
     trial = toy(replace(RL, advantage="gae", kl_target=1.0))
     assert trial.critic is not None
-    policy, critic = trial.weights(), flat(p.detach().clone() for p in trial.critic.parameters())
+    policy, critic = trial.weights(), flat(p.detach().clone() for p in trial.critic.trainable().values())
     metrics = trial.learner.update(trial.sample(0), (), random.Random(0), 1.0, warmup=True)
     assert torch.equal(trial.weights(), policy) and metrics["value_loss"] > 0
-    assert not torch.equal(flat(p.detach() for p in trial.critic.parameters()), critic)
+    assert not torch.equal(flat(p.detach() for p in trial.critic.trainable().values()), critic)
 
 
 def test_the_critic_learns_what_the_reward_is(toy: Callable[..., Toy]) -> None:
@@ -439,11 +441,11 @@ def test_a_checkpoint_continues_identically(toy: Callable[..., Toy], tmp_path: P
     trial, again = toy(config), toy(config)
     anchors = [Anchor("fact", (1, 40), (20, 7, EOS), None)]
     stage = RunDirectory(tmp_path).stage("rl")
-    assert checkpoint.load(stage, again.policy, again.learner) is None
+    assert checkpoint.load(stage, again.role, again.learner) is None
     trial.update(trial.sample(0), seed=0)
-    checkpoint.save(stage, trial.policy, trial.learner, Progress(2, 5, True, {"p0": 0.25}, anchors))
-    found = checkpoint.load(stage, again.policy, again.learner)
-    assert found == Progress(2, 5, True, {"p0": 0.25}, anchors)
+    state = Progress(2, 5, True, {"p0": 0.25}, anchors, {"reward": 0.5, "kl": float("inf")})
+    checkpoint.save(stage, trial.role, trial.learner, state, keep=2)
+    assert checkpoint.load(stage, again.role, again.learner) == state
     groups = trial.sample(1)
     first, second = (one.update(groups, anchors, 0.5, seed=1) for one in (trial, again))
     assert first == second
@@ -451,13 +453,114 @@ def test_a_checkpoint_continues_identically(toy: Callable[..., Toy], tmp_path: P
     assert trial.learner.state_dict().keys() == again.learner.state_dict().keys()
 
 
-def test_a_torn_checkpoint_is_a_users_error(toy: Callable[..., Toy], tmp_path: Path) -> None:
-    trial = toy()
-    stage = RunDirectory(tmp_path).stage("rl")
-    checkpoint.save(stage, trial.policy, trial.learner, Progress())
-    path = stage.path / checkpoint.NAME / "state.pt"
+@pytest.fixture
+def rotated(toy: Callable[..., Toy], tmp_path: Path) -> tuple[StageDirectory, Toy]:
+    """A stage with checkpoints of steps 1 to 3, of which two are kept."""
+    trial, stage = toy(), RunDirectory(tmp_path).stage("rl")
+    for step in (1, 2, 3):
+        trial.update(trial.sample(step), seed=step)
+        checkpoint.save(stage, trial.role, trial.learner, Progress(step=step), keep=2)
+    return stage, trial
+
+
+def tear(stage: StageDirectory, step: int) -> Path:
+    path = checkpoint.folder_of(stage, step) / checkpoint.STATE
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(
-        UserError, match=r"this checkpoint cannot be read .*; delete the folder .*/rl/checkpoint to start"
-    ):
-        checkpoint.load(stage, trial.policy, trial.learner)
+    return path
+
+
+def names(stage: StageDirectory) -> set[str]:
+    return {path.name for path in checkpoint.folder_of(stage, 0).parent.iterdir()}
+
+
+def test_the_newest_checkpoints_are_kept_whatever_their_age(rotated: tuple[StageDirectory, Toy]) -> None:
+    stage, trial = rotated
+    assert names(stage) == {"checkpoint-2", "checkpoint-3"}
+    for step in (12, 9):  # by step, not by name or time
+        checkpoint.save(stage, trial.role, trial.learner, Progress(step=step), keep=3)
+    assert names(stage) == {"checkpoint-3", "checkpoint-9", "checkpoint-12"}
+    found = checkpoint.load(stage, trial.role, trial.learner)
+    assert found is not None and found.step == 12
+    checkpoint.save(stage, trial.role, trial.learner, Progress(step=12, planned=True), keep=3)  # once more, of one step
+    assert names(stage) == {"checkpoint-3", "checkpoint-9", "checkpoint-12"}
+    assert checkpoint.load(stage, trial.role, trial.learner) == Progress(step=12, planned=True)
+
+
+def test_where_a_run_was_stopped_it_goes_on_but_nothing_else_depends_on_it(rotated: tuple[StageDirectory, Toy]) -> None:
+    """A rule that goes back to a checkpoint must find the same ones as in a run that was never stopped."""
+    stage, trial = rotated
+    stopped = Progress(step=4, last={"reward": 1.0})
+    checkpoint.save(stage, trial.role, trial.learner, stopped, 2, checkpoint.EXTRA)
+    assert names(stage) == {"checkpoint-2", "checkpoint-3", "stopped-4"}
+    assert checkpoint.load(stage, trial.role, trial.learner) == stopped
+    assert checkpoint.load(stage, trial.role, trial.learner, at_most=4) == Progress(step=3)
+    checkpoint.prune(stage, stopped, 2)
+    assert names(stage) == {"checkpoint-2", "checkpoint-3", "stopped-4"}
+    checkpoint.save(stage, trial.role, trial.learner, Progress(step=4, planned=True), 2)
+    assert names(stage) == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_what_a_kill_kept_from_being_deleted_goes_at_the_next_start(
+    rotated: tuple[StageDirectory, Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, trial = rotated
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        checkpoint.save(stage, trial.role, trial.learner, Progress(step=4), 2)
+    assert names(stage) == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+    found = checkpoint.load(stage, trial.role, trial.learner)
+    assert found == Progress(step=4)
+    checkpoint.prune(stage, found, 2)
+    assert names(stage) == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
+    rotated: tuple[StageDirectory, Toy],
+    toy: Callable[..., Toy],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trlhf"), "propagate", True)
+    stage, trial = rotated
+    expected = toy()
+    for step in (1, 2):
+        expected.update(expected.sample(step), seed=step)
+    tear(stage, 3)
+    with caplog.at_level(logging.WARNING, "trlhf"):
+        assert checkpoint.load(stage, trial.role, trial.learner) == Progress(step=2)
+    assert "checkpoint-3 cannot be read (" in caplog.text and "going on from checkpoint-2 instead" in caplog.text
+    assert names(stage) == {"checkpoint-2"}
+    assert torch.equal(trial.weights(), expected.weights())
+    groups = expected.sample(3)
+    assert trial.update(groups, seed=3) == expected.update(groups, seed=3)
+
+
+def test_a_deletion_cut_short_leaves_no_checkpoint(rotated: tuple[StageDirectory, Toy]) -> None:
+    stage, trial = rotated
+    (checkpoint.folder_of(stage, 3) / checkpoint.STATE).unlink()
+    assert checkpoint.load(stage, trial.role, trial.learner) == Progress(step=2)
+    checkpoint.save(stage, trial.role, trial.learner, Progress(step=3), keep=2)
+    assert checkpoint.load(stage, trial.role, trial.learner) == Progress(step=3)
+
+
+def test_checkpoints_that_are_all_torn_are_a_users_error(rotated: tuple[StageDirectory, Toy]) -> None:
+    stage, trial = rotated
+    path = tear(stage, 3)
+    tear(stage, 2)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(stage, trial.role, trial.learner)
+    told = str(caught.value)
+    assert told.startswith(f"{path}: this checkpoint cannot be read (")
+    assert told.endswith(
+        f"), and none before it; delete the folder {stage.path}/checkpoints to start the rl stage again "
+        "(labels already bought are kept)"
+    )
+    assert names(stage) == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_the_checkpoints_go_when_the_stage_is_complete(rotated: tuple[StageDirectory, Toy]) -> None:
+    stage, _ = rotated
+    stage.tidy()
+    assert names(stage) == {"checkpoint-2", "checkpoint-3"}
+    stage.complete({})
+    assert not checkpoint.folder_of(stage, 3).parent.exists()

@@ -211,21 +211,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(2.0, 4), (1.5, 3)])
 def test_a_run_killed_after_its_last_step_only_saves(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: float, steps: int
 ) -> None:
-    config = _config(tiny_model_dir)
+    """Also where the last epoch is a part of one: the trainer would begin it again, and take a step too many."""
+    config = _config(tiny_model_dir, sft={"epochs": epochs, "microbatch_size": 1, "batch_size": 2})
+    demonstrations = _sums(3)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StageDirectory, "complete", killed)
-        train_sft(_sums(4), config, _stage(tmp_path))
+        train_sft(demonstrations, config, _stage(tmp_path))
     before = _weights(tmp_path)
-    metrics = train_sft(_sums(4), config, _stage(tmp_path))
+    metrics = train_sft(demonstrations, config, _stage(tmp_path))
     assert _distance(before, _weights(tmp_path)) == 0.0
-    assert metrics["steps"] == 2 and metrics["loss"] is not None
+    assert metrics["steps"] == steps and metrics["loss"] is not None
+    log = (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, steps + 1))
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def prepared(share: float, tmp_path: Path) -> tuple[Round, list[Any]]:
         fits.append(labels)
 
     nothing = SimpleNamespace(load=lambda path: None, apply=lambda labels: ([], []), labels=list)
-    one.inputs = cast("Any", SimpleNamespace(pool=prompts("u", 3), archive=nothing, ledger=nothing, refit=refit))
+    inputs = SimpleNamespace(pool=prompts("u", 3), archive=nothing, ledger=nothing, refit=refit, held_out=frozenset())
+    one.inputs = cast("Any", inputs)
     one.stage = cast("Any", SimpleNamespace(path=tmp_path))
     one.prepare()
     return one, fits

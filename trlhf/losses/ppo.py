@@ -73,6 +73,7 @@ def value_loss(
     Returns:
         The loss over ``denominator`` response tokens, and the sum ``value_clipped``.
     """
+    values = torch.where(mask, values, old_values)  # no NaN gradient from what stands behind the mask
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     loss = 0.5 * masked_sum(errors, mask) / denominator
@@ -112,6 +113,22 @@ def kl_loss(
     return loss, metrics
 
 
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, responses: int, horizon: int) -> float:
+    """Return β·(1 + clip(kl/target - 1, ±0.2)·n/H): the next coefficient of a proportional controller.
+
+    Ziegler et al. 2019, sec. 2.2, https://arxiv.org/abs/1909.08593.
+
+    Args:
+        kl_coef: β now, per nat.
+        kl: measured KL(policy ‖ reference), nats per response.
+        target: where the KL should be, nats per response, > 0.
+        responses: n, that the KL was measured on.
+        horizon: H, responses; with an error of 20% throughout, β changes by a factor of about e^0.2 in so many.
+    """
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return kl_coef * (1 + error * responses / horizon)
+
+
 def full_kl_loss(
     logits: Float[Tensor, "B R V"],
     reference_logits: Float[Tensor, "B R V"],
@@ -123,5 +140,6 @@ def full_kl_loss(
     The anchors' loss: exact, not sampled, and it covers every token the reference might say.
     """
     reference = torch.log_softmax(reference_logits.float(), -1)
+    logits = logits.masked_fill(~mask[..., None], 0)  # no NaN gradient from what stands behind the mask
     policy = torch.log_softmax(logits.float(), -1)
     return masked_sum((reference.exp() * (reference - policy)).sum(-1), mask) / denominator

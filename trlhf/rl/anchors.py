@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from trlhf.knowledge import Knowledge
-from trlhf.logprobs import SequenceBatch, pad_sequences, response_logits
+from trlhf.logprobs import can_share_prompts, pad_sequences, response_logits
 from trlhf.losses.ppo import full_kl_loss
-from trlhf.models import Reference
+from trlhf.roles import Role
 from trlhf.targeting.choose import Candidate
 
 MASTERED_SHARE = 0.85
@@ -67,11 +66,25 @@ def still_trusted(anchors: Sequence[Anchor], knowledge: Knowledge) -> list[Ancho
     ]
 
 
-def anchor_loss(policy: PreTrainedModel, reference: Reference, anchors: Sequence[Anchor], pad_id: int) -> Tensor:
-    """Compute the mean over anchor tokens of KL(reference ‖ policy), over the whole vocabulary."""
-    batch: SequenceBatch = pad_sequences([a.prompt_ids for a in anchors], [a.response_ids for a in anchors], pad_id)
-    batch = batch.to(policy.device)
-    with torch.no_grad(), reference.active(policy) as model:
+def anchor_loss(policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id: int, denominator: float) -> Tensor:
+    """Compute the sum over anchor tokens of KL(reference ‖ policy), over the whole vocabulary, over ``denominator``.
+
+    Args:
+        policy: gets the gradient.
+        reference: gets none.
+        anchors: at least one.
+        pad_id: token to pad with.
+        denominator: number of response tokens of all anchors of the optimizer step, over all ranks.
+    """
+    prompts, responses = [a.prompt_ids for a in anchors], [a.response_ids for a in anchors]
+    batch = pad_sequences(prompts, responses, pad_id, can_share_prompts(policy.model)).to(policy.device)
+    with torch.no_grad(), reference.acting() as model:
         reference_logits = response_logits(model, batch)
-    logits = response_logits(policy, batch)
-    return full_kl_loss(logits, reference_logits, batch.response_mask, float(batch.response_mask.sum()))
+    with policy.acting() as model:
+        logits = response_logits(model, batch)
+    return full_kl_loss(logits, reference_logits, batch.response_mask, denominator)
+
+
+def anchor_tokens(anchors: Sequence[Anchor]) -> float:
+    """Return the number of response tokens of some anchors."""
+    return float(sum(len(anchor.response_ids) for anchor in anchors))

@@ -1,20 +1,25 @@
-"""The state of the rl stage between two steps: everything that a continued run needs, in one folder."""
+"""The state of the rl stage between two steps: everything that a continued run needs, in one folder a step."""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
 from trlhf import files
 from trlhf.errors import UserError
 from trlhf.rl.anchors import Anchor
-from trlhf.run import StageDirectory
+from trlhf.rl.health import Health, new_health, protected
+from trlhf.roles import Role
+from trlhf.run import CHECKPOINTS, StageDirectory
 
-NAME = "checkpoint"
+STATE = "state.pt"
+REGULAR, EXTRA = "checkpoint", "stopped"  # of the steps where each run saves; of the one where this run was stopped
+_log = logging.getLogger("trlhf")
 
 
 class Learner(Protocol):
@@ -39,6 +44,8 @@ class Progress:
         planned: whether this round's labels are bought and its samples archived.
         pass_rates: prompt id → last known pass rate.
         anchors: found in round 1; fewer as labels find some of their answers wrong.
+        last: metrics of the last step.
+        health: what the rules that stop the stage early remember.
     """
 
     round: int = 1
@@ -46,48 +53,102 @@ class Progress:
     planned: bool = False
     pass_rates: dict[str, float] = field(default_factory=dict)
     anchors: list[Anchor] = field(default_factory=list)
+    last: dict[str, float] = field(default_factory=dict)
+    health: Health = field(default_factory=new_health)
 
 
-def save(stage: StageDirectory, policy: PreTrainedModel, learner: Learner, progress: Progress) -> None:
-    """Write the checkpoint; it replaces the last one when it is complete."""
-    trainable = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+def folder_of(stage: StageDirectory, step: int, kind: str = REGULAR) -> Path:
+    """Return where the checkpoint of a step is."""
+    return stage.path / CHECKPOINTS / f"{kind}-{step}"
+
+
+def save(
+    stage: StageDirectory, policy: Role, learner: Learner, progress: Progress, keep: int, kind: str = REGULAR
+) -> None:
+    """Write the checkpoint of a step; once it is whole, those that are no longer needed go.
+
+    Args:
+        stage: the rl stage.
+        policy: whose trainable weights are saved.
+        learner: the rest of what learns.
+        progress: where the loop stands.
+        keep: how many regular ones stay, the newest; the protected ones stay beside them.
+        kind: ``EXTRA`` for a step that another run would not save; it is only there to go on from, once.
+    """
+    trainable = {name: parameter.detach() for name, parameter in policy.trainable().items()}
+    anchors = [(a.prompt_id, list(a.prompt_ids), list(a.response_ids), a.answer) for a in progress.anchors]
     state = {
         "policy": trainable,
         "learner": learner.state_dict(),
-        "progress": {
-            "round": progress.round,
-            "step": progress.step,
-            "planned": progress.planned,
-            "pass_rates": progress.pass_rates,
-            "anchors": [(a.prompt_id, list(a.prompt_ids), list(a.response_ids), a.answer) for a in progress.anchors],
-        },
+        "progress": {**vars(progress), "anchors": anchors},
     }
-    with stage.new_directory(NAME) as folder:
-        torch.save(state, folder / "state.pt")
+    with stage.new_directory(str(folder_of(stage, progress.step, kind).relative_to(stage.path))) as folder:
+        torch.save(state, folder / STATE)
+    prune(stage, progress, keep)
 
 
-def load(stage: StageDirectory, policy: PreTrainedModel, learner: Learner) -> Progress | None:
-    """Take up the last checkpoint; None if there is none.
+def prune(stage: StageDirectory, progress: Progress, keep: int) -> None:
+    """Delete the checkpoints that are no longer needed, so that a stopped run has the same as one that went on."""
+    for path in _newest_first(stage, EXTRA):
+        if _step(path) < progress.step or folder_of(stage, progress.step).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    found = {_step(path): path for path in _newest_first(stage)}
+    for step in set(list(found)[keep:]) - protected(progress.health, list(found)):
+        shutil.rmtree(found[step], ignore_errors=True)
+
+
+def load(stage: StageDirectory, policy: Role, learner: Learner, at_most: int | None = None) -> Progress | None:
+    """Take up the newest checkpoint that can be read, or the newest regular one up to step ``at_most``.
+
+    Those newer than it, which cannot be read, are deleted. None if there is none at all.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: there are checkpoints, and none can be read.
     """
-    files.recover(stage.path / NAME)
-    path: Path = stage.path / NAME / "state.pt"
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location=policy.device, weights_only=True)
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state["policy"][name])
-        learner.load_state_dict(state["learner"])
-        kept = state["progress"]
-        anchors = [Anchor(name, tuple(p), tuple(r), answer) for name, p, r, answer in kept.pop("anchors")]
-        return Progress(**kept, anchors=anchors)
-    except Exception as error:  # a torn or foreign file fails in many ways
+    found = [path for path in _newest_first(stage) if at_most is None or _step(path) <= at_most]
+    if at_most is None:
+        found = sorted([*found, *_newest_first(stage, EXTRA)], key=_step, reverse=True)
+    problems: list[tuple[Path, str]] = []
+    for path in found:
+        try:
+            progress = _read(path / STATE, policy, learner)
+        except Exception as error:  # a torn or foreign file fails in many ways
+            reason = (str(error).splitlines() or [""])[0][:120]
+            problems.append((path, f"{type(error).__name__}: {reason}"))
+            continue
+        for broken, reason in problems:
+            _log.warning("%s cannot be read (%s); going on from %s instead", broken, reason, path.name)
+            shutil.rmtree(broken, ignore_errors=True)
+        return progress
+    if problems:
+        path, reason = problems[0]
         raise UserError(
-            f"{path}: this checkpoint cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
-            f"delete the folder {path.parent} to start the rl stage again (labels already bought are kept)"
-        ) from error
+            f"{path / STATE}: this checkpoint cannot be read ({reason})"
+            f"{', and none before it' if len(problems) > 1 else ''}; delete the folder {path.parent} to start the rl "
+            "stage again (labels already bought are kept)"
+        )
+    return None
+
+
+def _read(path: Path, policy: Role, learner: Learner) -> Progress:
+    state = torch.load(path, map_location=policy.device, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.copy_(state["policy"][name])
+    learner.load_state_dict(state["learner"])
+    kept = state["progress"]
+    anchors = [Anchor(name, tuple(p), tuple(r), answer) for name, p, r, answer in kept.pop("anchors")]
+    return Progress(**kept, anchors=anchors)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _newest_first(stage: StageDirectory, kind: str = REGULAR) -> list[Path]:
+    """Return the folders of all checkpoints; one whose deletion a kill cut short has no state and is none."""
+    folder = stage.path / CHECKPOINTS
+    for aside in folder.glob(f".{kind}-*.old"):
+        files.recover(folder / aside.name.removeprefix(".").removesuffix(".old"))
+    found = [path for path in folder.glob(f"{kind}-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted((path for path in found if (path / STATE).exists()), key=_step, reverse=True)

@@ -10,17 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from trlhf.config import RlConfig
-from trlhf.logprobs import can_share_prompts, pad_sequences, response_logprobs
+from trlhf.distributed import share, sum_counts
+from trlhf.logprobs import (
+    can_share_prompts,
+    pad_sequences,
+    response_logits,
+    response_logprobs,
+    token_entropy,
+    token_logprobs,
+)
 from trlhf.losses.dpo import chosen_nll, dpo_loss
-from trlhf.models import Reference
-from trlhf.rl.anchors import Anchor, anchor_loss
-from trlhf.rl.experience import Group
+from trlhf.losses.ppo import kl_estimate
+from trlhf.masks import masked_sum
+from trlhf.rl.anchors import Anchor, anchor_loss, anchor_tokens
+from trlhf.rl.experience import Group, describe
 from trlhf.rl.optimizer import GuardedOptimizer
+from trlhf.roles import Role
 
 Metrics = dict[str, float]
+PER_STEP = ("grad_norm", "anchor_kl")  # means over optimizer steps; the others are means over pairs
 TokenIds = tuple[int, ...]
 OPEN_GAP = 0.1  # least difference in P(preferred) for a pair that only the reward model tells apart
 
@@ -81,11 +91,11 @@ def _common_prefix(first: TokenIds, second: TokenIds) -> int:
 class DpoLearner:
     """The policy with its optimizer; arguments as for `trlhf.rl.ppo.PpoLearner`."""
 
-    def __init__(self, policy: PreTrainedModel, reference: Reference, config: RlConfig, pad_id: int) -> None:
+    def __init__(self, policy: Role, reference: Role, config: RlConfig, pad_id: int) -> None:
         self.policy, self.reference, self.config, self.pad_id = policy, reference, config, pad_id
         remedy = f"lower rl.learning_rate={config.learning_rate} or rl.beta={config.beta}"
-        self.optimizer = GuardedOptimizer(policy.parameters(), config.learning_rate, config, remedy)
-        self.share_prompts = can_share_prompts(policy)
+        self.optimizer = GuardedOptimizer(policy.trainable().values(), config.learning_rate, config, remedy)
+        self.share_prompts = can_share_prompts(policy.model)
 
     def update(
         self,
@@ -99,15 +109,11 @@ class DpoLearner:
         del warmup  # nothing but the policy learns here
         config = self.config
         self.optimizer.scale(lr_scale)
-        rewards = [reward for g in groups for reward in g.rewards]
         pairs = build_pairs(groups, config.pairs_per_prompt, rng)
-        metrics: Metrics = {
-            "reward": sum(rewards) / len(rewards),
-            "mixed_groups": sum(g.mixed for g in groups) / len(groups),
-            "unfinished": sum(not r.finished for g in groups for r in g.rollouts) / len(rewards),
-            "pairs": float(len(pairs)),
-        }
+        metrics = describe(groups) | self._measure(groups)
+        metrics |= {"pairs": float(len(pairs)), "learning_rate": config.learning_rate * lr_scale}
         sums: defaultdict[str, float] = defaultdict(float)
+        skipped = self.optimizer.skipped
         for _ in range(config.epochs):
             rng.shuffle(pairs)
             for start in range(0, len(pairs), config.pairs_per_step):
@@ -116,27 +122,62 @@ class DpoLearner:
         if not pairs:
             return metrics
         steps, seen = sums.pop("steps"), sums.pop("seen")
-        per_step = ("grad_norm", "anchor_kl")
-        return metrics | {name: value / (steps if name in per_step else seen) for name, value in sums.items()}
+        metrics["skipped_steps"] = float(self.optimizer.skipped - skipped)
+        return metrics | {name: value / (steps if name in PER_STEP else seen) for name, value in sums.items()}
+
+    @torch.no_grad()
+    def _measure(self, groups: Sequence[Group]) -> Metrics:
+        """Measure on one fresh sample of each prompt how far the policy is from its reference, and from its sampler."""
+        config = self.config
+        sums: defaultdict[str, float] = defaultdict(float)
+        ordered = sorted(share(groups), key=lambda group: len(group.rollouts[0].token_ids))
+        for start in range(0, len(ordered), config.microbatch_size):
+            part = ordered[start : start + config.microbatch_size]
+            rollouts = [group.rollouts[0] for group in part]
+            batch = pad_sequences(
+                [group.prompt_ids for group in part], [x.token_ids for x in rollouts], self.pad_id, self.share_prompts
+            ).to(self.policy.device)
+            mask = batch.response_mask
+            with self.policy.acting() as model:
+                logits = response_logits(model, batch)
+            own = token_logprobs(logits, batch.response_ids, config.temperature)
+            entropy = token_entropy(logits, config.temperature)
+            with self.reference.acting() as model:
+                reference = response_logprobs(model, batch, config.temperature)
+            sampled = torch.zeros(mask.shape)
+            for i, rollout in enumerate(rollouts):
+                sampled[i, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+            sums["entropy"] += float(masked_sum(entropy, mask))
+            sums["kl_per_response"] += float(masked_sum(kl_estimate(own, reference, "k1"), mask))
+            sums["sampler_mismatch"] += float(masked_sum(kl_estimate(sampled.to(mask.device), own, "k3"), mask))
+            sums["tokens"] += float(mask.sum())
+        totals = sum_counts(sums)
+        tokens = max(1.0, totals.pop("tokens"))
+        return {name: value / (len(groups) if name == "kl_per_response" else tokens) for name, value in totals.items()}
 
     def _step(self, pairs: Sequence[Pair], anchors: Sequence[Anchor], sums: defaultdict[str, float]) -> None:
+        """Take one optimizer step, each rank its share of the pairs; add its sums, over all ranks, to ``sums``."""
         config = self.config
+        counts: defaultdict[str, float] = defaultdict(float)
         self.optimizer.zero_grad()
         ordered = sorted(pairs, key=lambda pair: (len(pair.prompt_ids), pair.prompt_ids))  # equal prompts side by side
+        own = share(ordered)
         size = max(1, config.microbatch_size // 2)
-        for start in range(0, len(ordered), size):
-            part = ordered[start : start + size]
-            loss, metrics = self._loss(part, float(len(pairs)))
-            loss.backward()
+        for start in range(0, len(own), size):
+            with self.policy.acting():
+                loss, metrics = self._loss(own[start : start + size], float(len(pairs)))
+                loss.backward()
             for name, value in (metrics | {"loss": float(loss.detach()) * len(pairs)}).items():
-                sums[name] += value
-        if anchors and config.anchor_coef:
-            held = anchor_loss(self.policy, self.reference, anchors, self.pad_id)
-            (config.anchor_coef * held).backward()
-            sums["anchor_kl"] += float(held.detach())
-        sums["steps"] += 1
-        sums["seen"] += len(pairs)
-        sums["grad_norm"] += self.optimizer.step() or 0.0
+                counts[name] += value
+        held = share(anchors) if config.anchor_coef else []
+        if held:
+            loss = anchor_loss(self.policy, self.reference, held, self.pad_id, anchor_tokens(anchors))
+            (config.anchor_coef * loss).backward()
+            counts["anchor_kl"] += float(loss.detach())
+        totals = sum_counts(counts)
+        totals |= {"grad_norm": self.optimizer.step() or 0.0, "steps": 1.0, "seen": float(len(pairs))}
+        for name, value in totals.items():
+            sums[name] += value
 
     def _loss(self, pairs: Sequence[Pair], denominator: float) -> tuple[Tensor, Metrics]:
         """Compute the loss of a microbatch: rows are chosen, rejected, chosen, … so that they share their prompts."""
@@ -144,9 +185,10 @@ class DpoLearner:
         prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
         responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
         batch = pad_sequences(prompts, responses, self.pad_id, self.share_prompts).to(self.policy.device)
-        with torch.no_grad(), self.reference.active(self.policy) as model:
+        with torch.no_grad(), self.reference.acting() as model:
             reference = (response_logprobs(model, batch) * batch.response_mask).sum(1)
-        policy = (response_logprobs(self.policy, batch) * batch.response_mask).sum(1)
+        with self.policy.acting() as model:
+            policy = (response_logprobs(model, batch) * batch.response_mask).sum(1)
         chosen, rejected = policy[::2], policy[1::2]
         loss, metrics = dpo_loss(chosen, rejected, reference[::2], reference[1::2], denominator, config.beta)
         nll = chosen_nll(chosen, batch.response_mask[::2].sum(1).float(), denominator)

@@ -13,6 +13,8 @@ from trlhf.config import RlConfig
 from trlhf.knowledge import Knowledge
 from trlhf.types import Prompt, Rollout, Scorer
 
+SCORE_LIMIT = 10.0  # of a score, in logits (standardised on the reference's samples)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -80,8 +82,8 @@ def score_groups(
         if scorer is None:
             raise ValueError("score_groups: some responses are not decided by labels, and there is no reward model")
         found = scorer.score([prompts[i] for i, _ in asked], [sampled[i][j].text for i, j in asked])
-        means = np.array([score.mean - config.uncertainty_penalty * score.sd for score in found])
-        values = expit(means)
+        bounds = np.array([score.mean - config.uncertainty_penalty * score.sd for score in found])
+        values = expit(bounds.clip(-SCORE_LIMIT, SCORE_LIMIT))
         scores = dict(zip(asked, values.tolist(), strict=True))
     groups = []
     for i, (prompt, rollouts) in enumerate(zip(prompts, sampled, strict=True)):
@@ -93,6 +95,21 @@ def score_groups(
         verified = tuple(fact is not None for fact in known)
         groups.append(Group(prompt, tuple(prompt_ids[i]), tuple(rollouts), tuple(rewards), verified))
     return groups
+
+
+def describe(groups: Sequence[Group]) -> dict[str, float]:
+    """Return what a step's samples are like, before anything is learned from them.
+
+    Returns:
+        ``reward`` (mean), ``mixed_groups`` and ``truncated`` (shares), ``response_tokens`` (mean).
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        "reward": float(np.mean([reward for group in groups for reward in group.rewards])),
+        "mixed_groups": float(np.mean([group.mixed for group in groups])),
+        "truncated": float(np.mean([not rollout.finished for rollout in rollouts])),
+        "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+    }
 
 
 def _known(prompt: Prompt, rollout: Rollout, knowledge: Knowledge) -> bool | None:

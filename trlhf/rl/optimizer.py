@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from trlhf.config import RlConfig
+from trlhf.distributed import sum_gradients
 from trlhf.errors import UserError
 
 MAX_BAD_STEPS = 3
@@ -28,7 +29,8 @@ class GuardedOptimizer:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.peak, self.max_grad_norm, self.remedy = learning_rate, config.max_grad_norm, remedy
         self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, eps=config.adam_eps, weight_decay=0.0)
-        self.bad_steps = 0
+        self.bad_steps = 0  # in a row
+        self.skipped = 0  # by this process
 
     def scale(self, factor: float) -> None:
         """Set the learning rate to ``factor``, in [0, 1], times the peak."""
@@ -40,17 +42,22 @@ class GuardedOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def step(self) -> float | None:
-        """Clip the gradients and apply them; return their norm before, or None where they were not finite.
+        """Add up the gradients of all ranks, clip and apply them.
+
+        Returns:
+            Their norm before they were clipped; None where it was not finite, and no step was taken.
 
         Raises:
             UserError: the third gradient in a row that is not finite.
         """
+        sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if torch.isfinite(norm):
             self.bad_steps = 0
             self.adamw.step()
             return float(norm)
         self.bad_steps += 1
+        self.skipped += 1
         if self.bad_steps >= MAX_BAD_STEPS:
             raise UserError(f"rl: the gradient was not finite {MAX_BAD_STEPS} steps in a row; {self.remedy}")
         return None

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trlhf.logprobs import SequenceBatch, pad_sequences
+from trlhf.masks import mask_from_lengths
+from trlhf.rl.experience import Group
 
 
 @dataclass
@@ -53,3 +56,16 @@ class Experience:
         rows = [row for group in ordered for row in group]
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
+
+
+def blank_experience(groups: Sequence[Group], device: torch.device) -> Experience:
+    """Return the rows of some groups with everything that is to be computed still 0."""
+    responses = [rollout.token_ids for group in groups for rollout in group.rollouts]
+    lengths = [len(response) for response in responses]
+    mask = mask_from_lengths(lengths, max(lengths)).to(device)
+    rows, start = [], 0
+    for group in groups:
+        rows.append(list(range(start, start + len(group.rollouts))))
+        start += len(group.rollouts)
+    prompts = [group.prompt_ids for group in groups for _ in group.rollouts]
+    return Experience(rows, prompts, responses, mask, *(torch.zeros(mask.shape, device=device) for _ in range(5)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
@@ -22,6 +23,8 @@ from trlhf.models import encode_prompt
 from trlhf.rl.anchors import find_anchors, still_trusted
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.experience import Group, score_groups
+from trlhf.rl.held_out import held_out_prompts
+from trlhf.roles import Role, Roles
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
@@ -44,21 +47,24 @@ class RlInputs:
 
     Attributes:
         pool: prompts to learn from.
-        sft: folder of the SFT model.
-        critic: folder of the model that the critic starts from (the reward model's backbone).
+        sft: folder of the SFT model, for its tokenizer.
+        roles: policy, reference and value.
         ledger: where labels are bought.
         labeler: who answers.
         archive: samples behind the labels bought so far.
         refit: makes a scorer from labels; called once a round.
+        held_out: ids of prompts that the reward model never learned from; the policy will not either where labels
+            verify them by now.
     """
 
     pool: Sequence[Prompt]
     sft: Path
-    critic: Path
+    roles: Roles
     ledger: Ledger
     labeler: Labeler
     archive: Archive
     refit: Refit
+    held_out: frozenset[str] = frozenset()
 
 
 def samples_file(number: int) -> str:
@@ -74,7 +80,7 @@ class Round:
         config: Config,
         stage: StageDirectory,
         inputs: RlInputs,
-        policy: PreTrainedModel,
+        policy: Role,
         tokenizer: PreTrainedTokenizerBase,
         state: Progress,
     ) -> None:
@@ -85,6 +91,17 @@ class Round:
         self.exact: list[Prompt] = []
         self.open: list[Prompt] = []
         self.unverified: list[Prompt] = []
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        """Prompts that show, at the end of every round, what training does where it never looked."""
+        return held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
+
+    @cached_property
+    def pool(self) -> list[Prompt]:
+        """All other prompts."""
+        held_out = {prompt.id for prompt in self.held_out}
+        return [prompt for prompt in self.inputs.pool if prompt.id not in held_out]
 
     def buy_labels(self) -> None:
         """Sample candidates, choose what to ask, ask, and note what was decided and why."""
@@ -119,7 +136,8 @@ class Round:
 
         questions = settle_questions(self.stage, f"round_{number:02d}_questions.jsonl", choose)
         bought = self.inputs.ledger.ask(questions, self.inputs.labeler)
-        knowledge = self.inputs.ledger.knowledge()
+        labels = [label for label in self.inputs.ledger.labels() if label.round <= number]  # a replay knows later ones
+        knowledge, spent = Knowledge(labels), sum(label.cost for label in labels)
         for candidate in candidates:
             rate = candidate.pass_rate(knowledge) if candidate.prompt.task == "exact" else None
             if rate is not None:
@@ -133,7 +151,7 @@ class Round:
             "verdicts": verdicts,
             "right": right,
             "preferences": len(bought) - verdicts,
-            "budget_left": self.inputs.ledger.remaining,
+            "budget_left": max(0.0, self.inputs.ledger.budget - spent),
             "verifiable_prompts": len(knowledge.verifiable_prompts()),
             "top_answer_model": None if coefficients is None else coefficients.tolist(),
             "anchors": len(self.state.anchors),
@@ -153,12 +171,8 @@ class Round:
         labels = [label for label in self.inputs.ledger.labels() if label.round <= self.state.round]
         self.knowledge = Knowledge(labels)
         self.state.anchors = still_trusted(self.state.anchors, self.knowledge)
-        self.exact = [
-            p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None
-        ]
-        self.unverified = [
-            p for p in self.inputs.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is None
-        ]
+        self.exact = [p for p in self.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None]
+        self.unverified = [p for p in self.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is None]
         preferences = any(label.kind == "preference" for label in labels)
         self.open = [p for p in self.inputs.pool if p.task == "open"] if preferences else []
         if self.config.rl.unverified_share or self.open:
@@ -184,7 +198,8 @@ class Round:
         prompts = self._draw_prompts(numpy_rng(self.config.seed, "rl", "prompts", step))
         generator = torch_generator(self.config.seed, "rl", "rollouts", step)
         sampling = Sampling.of(rl, rl.samples_per_prompt)
-        sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator)
+        with self.policy.acting() as model:
+            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl)
         for group in groups:
@@ -222,7 +237,7 @@ class Round:
         """
         config, number = self.config, self.state.round
         rng = python_rng(config.seed, "rl", "candidates", number)
-        pool = list(self.inputs.pool)
+        pool = self.pool
         pinned: list[Prompt] = []
         if config.targeting.strategy == "frontier":
             pinned = [p for p in pool if before.ruled_out(p.id) and before.right_answer(p.id) is None]
@@ -232,19 +247,21 @@ class Round:
         prompts = pinned + rng.sample(others, min(config.targeting.candidates - len(pinned), len(others)))
         sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
         generator = torch_generator(config.seed, "rl", "candidates", number)
-        with progress_bar(f"round {number}: sampling candidates", len(prompts)) as advance:
-            sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator, advance)
+        title = f"round {number}: sampling candidates"
+        with self.policy.acting() as model, progress_bar(title, len(prompts)) as advance:
+            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator, advance)
         return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
 
     def _more_plain(self, held: Container[str]) -> list[Candidate]:
         """Sample once prompts that need no thinking, as anchors: no reward watches over them."""
         config = self.config
-        prompts = [p for p in self.inputs.pool if not p.reasoning and p.id not in held]
+        prompts = [p for p in self.pool if not p.reasoning and p.id not in held]
         most = min(config.targeting.candidates, len(prompts)) if config.rl.anchor_coef else 0
         prompts = python_rng(config.seed, "rl", "anchors").sample(prompts, most)
         sampling = Sampling.of(config.rl, 1)
         generator = torch_generator(config.seed, "rl", "anchors")
-        sampled = sample_responses(self.policy, self.tokenizer, prompts, sampling, generator) if prompts else []
+        with self.policy.acting() as model:
+            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator) if prompts else []
         return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
 
     def _has_open(self) -> bool:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
+from trlhf import preemption
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
-from trlhf.models import Reference, choose_device, load_policy, load_tokenizer, save_policy
+from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner
+from trlhf.rl.experience import Group
+from trlhf.rl.health import held_out_accuracies
+from trlhf.rl.monitor import end_early, judge_step
 from trlhf.rl.ppo import PpoLearner
 from trlhf.rl.round import RlInputs, Round, samples_file
+from trlhf.roles import Roles, save_model
 from trlhf.run import StageDirectory
 from trlhf.seeding import python_rng
 
@@ -33,16 +36,15 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
         UserError: no prompt of the pool can be learned from, or an unreadable checkpoint.
     """
     rl = config.rl
-    device = choose_device(config)
+    policy = inputs.roles.policy
     tokenizer = load_tokenizer(inputs.sft)
-    policy, reference = load_policy(inputs.sft, config.model, device, config.seed)
-    learner = _learner(config, policy, reference, inputs.critic, int(tokenizer.pad_token_id), device)
+    learner = _learner(config, inputs.roles, int(tokenizer.pad_token_id))
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()
+    checkpoint.prune(stage, state, rl.save_total_limit)
     stage.rewind(state.step)
     for number in range(1, state.round):  # what the rounds before the checkpoint had archived
         inputs.archive.load(stage.path / samples_file(number))
-    last: dict[str, float] = {}
     total = rl.rounds * rl.steps_per_round
     with progress_bar(f"rl ({rl.algorithm})", total) as advance:
         advance(state.step)
@@ -52,38 +54,51 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
             if not state.planned:
                 trainer.buy_labels()
                 state.planned = True
-                checkpoint.save(stage, policy, learner, state)
+                checkpoint.save(stage, policy, learner, state, rl.save_total_limit)
             trainer.prepare()
-            while state.step < number * rl.steps_per_round:
-                groups = trainer.sample_groups()
-                scale = min((state.step + 1) / max(1.0, rl.warmup_ratio * total), 1 - state.step / total)
-                warmup = rl.advantage == "gae" and state.step < rl.value_warmup_steps
-                last = learner.update(
-                    groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
-                )
-                state.step += 1
-                stage.log(state.step, round=number, **last)
-                stage.write_jsonl("samples.jsonl", (row for group in groups for row in group.rows()))
-                advance(1, f"round {number}, reward {last['reward']:.2f}")
-                if state.step % rl.save_steps == 0:
-                    checkpoint.save(stage, policy, learner, state)
+            with preemption.patient():
+                while state.step < number * rl.steps_per_round and not state.health["stopped"]:
+                    begun = time.monotonic()
+                    groups = trainer.sample_groups()
+                    scale = min((state.step + 1) / max(1.0, rl.warmup_ratio * total), 1 - state.step / total)
+                    warmup = rl.advantage == "gae" and state.step < rl.value_warmup_steps
+                    state.last = learner.update(
+                        groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
+                    )
+                    state.step += 1
+                    seconds = time.monotonic() - begun
+                    stage.log(state.step, round=number, **state.last, **judge_step(trainer), **_speed(groups, seconds))
+                    stage.write_jsonl("samples.jsonl", (row for group in groups for row in group.rows()))
+                    advance(1, f"round {number}, reward {state.last['reward']:.2f}")
+                    stop, due = preemption.requested(), state.step % rl.save_steps == 0
+                    if stop or due:
+                        kind = checkpoint.REGULAR if due else checkpoint.EXTRA
+                        checkpoint.save(stage, policy, learner, state, rl.save_total_limit, kind)
+                    if stop:
+                        raise preemption.Preempted.at("rl", state.step)
             state.planned = False
-    if not config.model.lora.enabled:
-        policy.to(getattr(torch, config.model.dtype))
+            if state.health["stopped"]:
+                break
+    stopped = end_early(trainer, learner)
     with stage.new_directory("model") as folder:
-        save_policy(policy, tokenizer, folder)
-    metrics = {"steps": state.step, "rounds": rl.rounds, "anchors": len(state.anchors), "last_step": last}
+        save_model(policy.model, tokenizer, folder, config.model.dtype, policy.adapter)
+    metrics = {"steps": state.step, "rounds": state.round, "anchors": len(state.anchors), "last_step": state.last}
+    metrics |= {"stopped": stopped, "held_out_accuracy": held_out_accuracies(state.health)}
     metrics["verifiable_prompts"] = len(inputs.ledger.knowledge().verifiable_prompts())
-    metrics["labels"] = {"spent": inputs.ledger.spent, "remaining": inputs.ledger.remaining}
+    ledger = inputs.ledger
+    metrics["labels"] = {"budget": ledger.budget, "spent": ledger.spent, "remaining": ledger.remaining}
     stage.complete(metrics)
     return metrics
 
 
-def _learner(
-    config: Config, policy: PreTrainedModel, reference: Reference, critic: Path, pad_id: int, device: str
-) -> PpoLearner | DpoLearner:
-    policy.eval()  # dropout stays off in training too: the ratio of new to old must come from the weights alone
+def _learner(config: Config, roles: Roles, pad_id: int) -> PpoLearner | DpoLearner:
     if config.rl.algorithm == "dpo":
-        return DpoLearner(policy, reference, config.rl, pad_id)
-    value = Critic(critic, config.model, device) if config.rl.advantage == "gae" else None
-    return PpoLearner(policy, reference, value, config.rl, pad_id)
+        return DpoLearner(roles.policy, roles.reference, config.rl, pad_id)
+    critic = Critic(roles.value) if roles.value is not None else None
+    return PpoLearner(roles.policy, roles.reference, critic, config.rl, pad_id)
+
+
+def _speed(groups: Sequence[Group], seconds: float) -> dict[str, float]:
+    """Return how long a step took, and the response tokens sampled and learned from in a second of it."""
+    tokens = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds}
