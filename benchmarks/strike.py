@@ -127,7 +127,7 @@ def strike(
 def describe(run: Path, rows: Rows) -> dict[str, Any]:
     """Return what stands on disk: steps, checkpoints, what was half written, complete stages, labels."""
     checkpoints = []
-    for path in sorted(run.glob("*/checkpoints/*"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(run.glob("*/checkpoints/*-[0-9]*"), key=lambda path: path.stat().st_mtime):
         torn = path.name.startswith(".") or (path.parts[-3] == "sft" and not (path / "whole.json").exists())
         checkpoints.append(f"{path.parts[-3]}/{path.name}{' (not whole)' if torn else ''}")
     return {

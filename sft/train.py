@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pickle
 from collections.abc import Sequence
 from contextlib import suppress
@@ -155,7 +156,8 @@ def _trainer(
 def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
     """Translate the configuration; where ``per_row`` demonstrations share a row, a step takes so much fewer rows."""
     sft = config.sft
-    rows_per_step = max(1, round(sft.batch_size / per_row))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_per_step = max(1, round(sft.batch_size / per_row / processes))  # of this process
     rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
     on_gpu = choose_device(config) == "cuda"
     return TrlConfig(

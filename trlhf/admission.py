@@ -116,7 +116,8 @@ def _unfinished(config: Config, root: Path) -> RunDirectory | None:
         run = RunDirectory(path.parent)
         try:
             note = files.read_json(path)
-            if note["fingerprint"] != wanted or all(run.stage(name).done for name in note["stages"]):
+            finished = all(run.stage(name).done and not run.interrupted(name) for name in note["stages"])
+            if note["fingerprint"] != wanted or finished:
                 continue
             run.lock()
         except UserError:  # torn, or another process is at it

@@ -73,6 +73,7 @@ def quiet_libraries() -> None:
 
     Each brings a handler of its own, which would print every line twice; it appears when the library is imported.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel as soon as peft imports it
     for name in LIBRARIES:
         if name in sys.modules:
             library = logging.getLogger(name)

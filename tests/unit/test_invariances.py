@@ -1,32 +1,24 @@
-"""What must not matter: microbatches, padding, order, neighbours, packing, the batch size of scoring."""
+"""What must not matter: microbatches, padding, order, neighbours, the batch size of scoring."""
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trials import (
     ALGORITHMS,
     EOS,
     LAYOUTS,
-    LORA,
     PAD,
-    RL,
-    SAMPLES,
     Named,
     Trial,
-    copied_gradients,
     demonstrations,
     farthest,
     fit_reward,
@@ -35,22 +27,16 @@ from trials import (
     sft_steps,
     sharp_model,
     some_anchors,
-    stir,
 )
 
-from trlhf.config import ModelConfig, RlConfig, build_config
-from trlhf.labelling import Archive
-from trlhf.logprobs import SequenceBatch, can_share_prompts, pad_sequences, response_logprobs
-from trlhf.models import encode_prompt, load_causal_lm, load_tokenizer
+from trlhf.config import ModelConfig
+from trlhf.logprobs import SequenceBatch, pad_sequences, response_logprobs
+from trlhf.models import encode_prompt, load_tokenizer
 from trlhf.reward import features, finetune
-from trlhf.reward.features import Batch
+from trlhf.reward.features import Batch, collate
 from trlhf.rl import anchors, dpo, ppo, rollout_batch
 from trlhf.rl.rollout_batch import Experience, blank_experience
-from trlhf.rl.train import train_rl
-from trlhf.roles import Role, Roles, SharedBase
 from trlhf.rollout import Sampling, sample_responses
-from trlhf.run import RunDirectory
-from trlhf.sft.encode import encode_demonstrations
 from trlhf.types import Prompt, Rollout
 
 # peft asks transformers by a name that transformers has deprecated
@@ -165,14 +151,15 @@ def with_padding(monkeypatch: pytest.MonkeyPatch, extra: int) -> None:
         return found
 
     def wider_samples(*arguments: Any) -> Batch:
-        batch = features.collate(*arguments)
+        batch = collate(*arguments)
         ids = pad(batch.input_ids, (0, extra), value=EOS)
         return Batch(ids, pad(batch.attention_mask, (0, extra)), batch.prompt_lengths)
 
     for module in (rollout_batch, dpo, anchors):
         monkeypatch.setattr(module, "pad_sequences", wider_sequences)
     monkeypatch.setattr(ppo, "blank_experience", wider_experience)
-    monkeypatch.setattr(finetune, "collate", wider_samples)
+    for module in (features, finetune):
+        monkeypatch.setattr(module, "collate", wider_samples)
 
 
 def test_padding_changes_neither_metrics_nor_gradient(
@@ -195,32 +182,41 @@ def test_padding_changes_neither_metrics_nor_gradient(
 
 @pytest.mark.parametrize("share", [True, False])
 def test_padding_changes_neither_logprobs_nor_values(tiny_model_dir: Path, attention: Any, share: bool) -> None:
+    """Neither columns that are added, nor those that a longer row makes, nor where in the batch a row stands."""
     trial = Trial(tiny_model_dir, ALGORITHMS["gae"], model=ModelConfig(attention=attention))
     (group,) = sampled_groups(1)
-    ids = [rollout.token_ids for rollout in group.rollouts]
-    batch = pad_sequences([group.prompt_ids] * len(ids), ids, PAD, share)
+    ids = [found.token_ids for found in group.rollouts]
+    prompts = [group.prompt_ids] * len(ids)
+    batch = pad_sequences(prompts, ids, PAD, share)
     assert trial.critic is not None and batch.attention_mask.dim() == (4 if share else 2)
+    longest = max(map(len, ids))
     with torch.no_grad():
         for read in (lambda x: response_logprobs(trial.policy.model, x), trial.critic):
-            narrow = read(batch)[batch.response_mask]
-            for extra in PADDING[1:]:
+            alone = torch.cat([read(pad_sequences([p], [r], PAD))[0] for p, r in zip(prompts, ids, strict=True)])
+            assert alone.abs().max() > 0.1
+            for extra in PADDING:
                 wide = widened(batch, extra)
-                torch.testing.assert_close(read(wide)[wide.response_mask], narrow, atol=1e-5, rtol=0)
-            assert narrow.abs().max() > 0.1
+                torch.testing.assert_close(read(wide)[wide.response_mask], alone, atol=1e-5, rtol=0)
+                long = (1, 9), (7,) * (longest + extra)
+                beside = pad_sequences([long[0], *prompts], [long[1], *ids], PAD, share)
+                torch.testing.assert_close(read(beside)[1:][beside.response_mask[1:]], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_padding_changes_no_gradient_of_the_reward_model(
+def test_padding_changes_neither_gradient_nor_score_of_the_reward_model(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     found = []
     for extra in PADDING:
         with monkeypatch.context() as patch:
             with_padding(patch, extra)
-            found.append(fit_reward(tiny_model_dir, labels(), finetune=kind))
-    for one in found[1:]:
-        assert farthest(one.gradients[0], found[0].gradients[0]) < 1e-6
-        assert one.metrics[0] == pytest.approx(found[0].metrics[0], rel=1e-5)
+            one = fit_reward(tiny_model_dir, labels(), finetune=kind)
+            scores = one.model.logits([label.prompt for label in labels()[0]], [x.response for x in labels()[0]])
+            found.append((one.gradients[0], one.metrics[0], scores))
+    for gradients, metrics, scores in found[1:]:
+        assert farthest(gradients, found[0][0]) < 1e-6
+        assert metrics == pytest.approx(found[0][1], rel=1e-5)
+        torch.testing.assert_close(scores, found[0][2], atol=1e-5, rtol=0)
 
 
 def beside(tokenizer: PreTrainedTokenizerBase, extra: int) -> list[Prompt]:
@@ -366,253 +362,3 @@ def test_a_score_does_not_depend_on_the_batch_size(tiny_model_dir: Path) -> None
     for size in (1, 2, 5):
         torch.testing.assert_close(model.logits(prompts, texts, batch_size=size), expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.1
-
-
-# ---- packed against single ----
-
-
-def packed_rows(path: Path, count: int) -> tuple[dict[str, Tensor], list[int]]:
-    """Return demonstrations in one row, as SFT's collator gives it to the model, and their lengths."""
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    from trlhf.sft.train import _dataset
-
-    encoded, _ = encode_demonstrations(load_tokenizer(path), demonstrations(count), 1000)
-    config = build_config({"model": {"max_length": 1000}, "sft": {"packing": True}})
-    dataset = _dataset(encoded, config)
-    batch = DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=True)(list(dataset))
-    assert len(dataset) == 1 and "attention_mask" not in batch
-    return batch, dataset[0]["seq_lengths"]
-
-
-def summed_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
-    """Return the logits and the loss, summed over tokens, of one row; the cache is off, as in the trainer."""
-    logits = model(ids, use_cache=False, **named).logits[0].float()
-    return logits, torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], reduction="sum")
-
-
-def read_packed(model: PreTrainedModel, batch: dict[str, Tensor], **named: Any) -> tuple[Tensor, Tensor, Named]:
-    model.zero_grad()
-    logits, loss = summed_loss(model, batch["input_ids"], batch["labels"], position_ids=batch["position_ids"], **named)
-    loss.backward()
-    return logits.detach(), loss.detach(), copied_gradients(model.named_parameters())
-
-
-def read_single(model: PreTrainedModel, batch: dict[str, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor, Named]:
-    model.zero_grad()
-    found, losses, start = [], [], 0
-    for length in lengths:
-        ids, labels = (batch[name][:, start : start + length] for name in ("input_ids", "labels"))
-        logits, loss = summed_loss(model, ids, labels)
-        loss.backward()
-        found.append(logits.detach())
-        losses.append(loss.detach())
-        start += length
-    return torch.cat(found), torch.stack(losses).sum(), copied_gradients(model.named_parameters())
-
-
-def test_packed_demonstrations_are_single_ones(tiny_model_dir: Path, attention: Any) -> None:
-    batch, lengths = packed_rows(tiny_model_dir, 4)
-    model = sharp_model(tiny_model_dir, ModelConfig(attention=attention))
-    packed, single = read_packed(model, batch), read_single(model, batch, lengths)
-    leaking = read_packed(model, batch, attention_mask=torch.ones_like(batch["input_ids"]))
-    torch.testing.assert_close(packed[0], single[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(packed[1], single[1], atol=0, rtol=1e-6)
-    assert farthest(packed[2], single[2]) < 1e-5
-    assert (leaking[0] - single[0]).abs().max() > 0.1 and farthest(leaking[2], single[2]) > 0.01
-
-
-def distances(found: tuple[Any, ...], expected: tuple[Any, ...]) -> Tensor:
-    """Return by how much two readings differ: in logits (mean) and gradients (norm, as a share of the norm)."""
-    apart = torch.cat([(found[2][name].float() - value).flatten() for name, value in expected[2].items()])
-    whole = torch.cat([value.flatten() for value in expected[2].values()])
-    return torch.stack([(found[0] - expected[0]).abs().mean(), apart.norm() / whole.norm()])
-
-
-def test_in_bfloat16_packing_rounds_no_worse_than_single_rows(tiny_model_dir: Path, attention: Any) -> None:
-    """Rounding alone moves both; what packing may add is measured against the distance of single rows from float32."""
-    batch, lengths = packed_rows(tiny_model_dir, 4)
-    exact = read_single(sharp_model(tiny_model_dir, ModelConfig(attention=attention)), batch, lengths)
-    model = sharp_model(tiny_model_dir, ModelConfig(dtype="bfloat16", attention=attention))
-    rounding = distances(read_single(model, batch, lengths), exact)
-    packed = distances(read_packed(model, batch), exact)
-    leaking = distances(read_packed(model, batch, attention_mask=torch.ones_like(batch["input_ids"])), exact)
-    print(rounding, packed, leaking)
-    assert (packed < 2 * rounding).all(), (packed, rounding)
-    assert (leaking > 4 * rounding).all(), (leaking, rounding)
-
-
-def responses_of_one_prompt() -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    (group,) = sampled_groups(1)
-    return [group.prompt_ids] * SAMPLES, [rollout.token_ids for rollout in group.rollouts]
-
-
-def read_responses(model: PreTrainedModel, batches: Sequence[SequenceBatch]) -> tuple[Tensor, Tensor, Named]:
-    """Return log-probabilities of responses, their sum and its gradients."""
-    model.zero_grad()
-    found = [response_logprobs(model, batch)[batch.response_mask] for batch in batches]
-    total = torch.cat(found).sum()
-    total.backward()
-    return torch.cat(found).detach(), total.detach(), copied_gradients(model.named_parameters())
-
-
-def test_responses_that_share_a_prompt_are_single_ones(tiny_model_dir: Path, attention: Any) -> None:
-    prompts, responses = responses_of_one_prompt()
-    shared = pad_sequences(prompts, responses, PAD)
-    assert shared.input_ids.shape[0] == 1 and shared.attention_mask.shape[1:] == (1, *shared.input_ids.shape[1:] * 2)
-    alone = [pad_sequences([prompt], [response], PAD) for prompt, response in zip(prompts, responses, strict=True)]
-    leaking = replace(shared, attention_mask=torch.ones_like(shared.input_ids))
-    model = sharp_model(tiny_model_dir, ModelConfig(attention=attention))
-    single, together, leaked = (read_responses(model, batches) for batches in (alone, [shared], [leaking]))
-    torch.testing.assert_close(together[0], single[0], atol=1e-5, rtol=1e-5)
-    assert farthest(together[2], single[2]) < 1e-5
-    assert (leaked[0] - single[0]).abs().max() > 0.1 and farthest(leaked[2], single[2]) > 0.01
-    model = sharp_model(tiny_model_dir, ModelConfig(dtype="bfloat16", attention=attention))
-    rounding, packed, leaked_too = (
-        distances(read_responses(model, batches), single) for batches in (alone, [shared], [leaking])
-    )
-    print(rounding, packed, leaked_too)
-    assert (packed < 2 * rounding).all(), (packed, rounding)
-    assert (leaked_too > 4 * rounding).all(), (leaked_too, rounding)
-
-
-@pytest.mark.parametrize("case", ["leave_one_out", "dpo", "dpo pairs", "anchors"])
-def test_flash_attention_never_sees_a_shared_row(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    """Its kernels know no mask but padding: they would let responses see each other, and say nothing."""
-
-    class Shared(Exception):
-        """Says whether prompts were about to share rows."""
-
-    def watched(prompts: Any, responses: Any, pad_id: int, share_prompts: bool = True) -> SequenceBatch:
-        raise Shared(share_prompts)
-
-    for module in (rollout_batch, dpo, anchors):
-        monkeypatch.setattr(module, "pad_sequences", watched)
-    for kind in ("sdpa", "flash_attention_2"):
-        reference, policy = (Role(load_causal_lm(tiny_model_dir, ModelConfig())) for _ in range(2))
-        policy.model.config._attn_implementation = kind
-        assert can_share_prompts(policy.model) == (kind == "sdpa")
-        groups = sampled_groups(2)
-        with pytest.raises(Shared, match=str(kind == "sdpa")):
-            if case == "anchors":
-                anchors.anchor_loss(policy, reference, some_anchors(2), PAD, 1.0)
-            elif case == "leave_one_out":
-                ppo.PpoLearner(policy, reference, None, RL, PAD).update(groups, (), random.Random(0), 1.0)
-            else:
-                learner = dpo.DpoLearner(policy, reference, ALGORITHMS["dpo"], PAD)
-                if case == "dpo":
-                    learner.update(groups, (), random.Random(0), 1.0)
-                learner._loss(dpo.build_pairs(groups, 1, random.Random(0)), 1.0)
-
-
-# ---- what the optimizer and the models are set to ----
-
-
-def test_both_optimizers_have_the_eps_and_the_scaled_rate(tiny_model_dir: Path) -> None:
-    learner = Trial(tiny_model_dir, ALGORITHMS["gae"]).learner
-    assert RlConfig().adam_eps == 1e-5 and isinstance(learner, ppo.PpoLearner) and learner.critic_optimizer
-    learner.update(sampled_groups(2), (), random.Random(0), 0.25)
-    for optimizer, peak in ((learner.optimizer, 1e-3), (learner.critic_optimizer, 1e-3)):
-        (group,) = optimizer.adamw.param_groups
-        assert (group["eps"], group["lr"], group["weight_decay"]) == (1e-5, 0.25 * peak, 0.0)
-
-
-def test_the_reward_models_rate_warms_up_and_falls_to_zero(tiny_model_dir: Path) -> None:
-    parameter = {"heads.weight": torch.nn.Parameter(torch.zeros(1))}
-    settings = finetune.FitSettings(epochs=5.0, learning_rate=1.0, batch_size=4)
-    optimizer, schedule = finetune._optimizer(parameter, settings, 16)  # 20 steps, 2 of them warm up
-    rates = []
-    for _ in range(21):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0.5, 1.0, *(k / 19 for k in range(18, -1, -1))])
-
-
-def test_the_rates_of_rl_warm_up_and_fall_to_zero_over_the_stage(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over all rounds together; a step's rate is that of its beginning, so the last is one step's share above 0."""
-    from trlhf.rl.round import RlInputs, Round
-
-    policy, scales = Role(load_causal_lm(tiny_model_dir, ModelConfig())), []
-
-    class Learner:
-        def update(self, _groups: Any, _anchors: Any, _rng: Any, scale: float, _warmup: bool) -> dict[str, float]:
-            scales.append(scale)
-            return {"reward": 0.0, "kl_per_response": 0.0}
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-    monkeypatch.setattr(
-        Round, "buy_labels", lambda self: self.stage.write_json(f"round_{self.state.round:02d}.json", {})
-    )
-    monkeypatch.setattr(Round, "prepare", lambda self: None)
-    monkeypatch.setattr(Round, "sample_groups", lambda self: [])
-    monkeypatch.setattr("trlhf.rl.train._learner", lambda *_: Learner())
-    none = SimpleNamespace(verifiable_prompts=list)
-    ledger: Any = SimpleNamespace(labels=list, knowledge=lambda: none, budget=1, spent=0.0, remaining=1.0)
-    missing: Any = None
-    inputs = RlInputs([], tiny_model_dir, Roles(policy, policy, None, None), ledger, missing, Archive([]), missing)
-    config = build_config({"rl": {"rounds": 2, "steps_per_round": 4, "warmup_ratio": 0.25}})
-    train_rl(config, RunDirectory(tmp_path).stage("rl"), inputs)
-    assert scales == pytest.approx([0.5, *(1 - step / 8 for step in range(1, 8))])
-
-
-def noisy(path: Path, tmp_path: Path) -> Path:
-    """Return a model whose configuration asks for dropout in attention."""
-    config = json.loads((path / "config.json").read_text())
-    shutil.copytree(path, tmp_path / "noisy")
-    (tmp_path / "noisy" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
-    return tmp_path / "noisy"
-
-
-def test_dropout_is_off_in_all_four_models(tiny_model_dir: Path, tmp_path: Path, layout: str) -> None:
-    path = noisy(tiny_model_dir, tmp_path)
-    model = ModelConfig(lora=replace(LORA, dropout=0.5, enabled=layout == "adapters"))
-    trial = Trial(path, ALGORITHMS["gae"], layout, model)
-    assert trial.critic is not None and trial.policy.model.config.attention_dropout == 0.5
-    (group,) = sampled_groups(1)
-    batch = pad_sequences([group.prompt_ids] * SAMPLES, [rollout.token_ids for rollout in group.rollouts], PAD)
-
-    def read() -> list[Tensor]:
-        assert trial.critic is not None
-        with torch.no_grad(), trial.policy.acting() as policy:
-            found = [response_logprobs(policy, batch)]
-            with trial.reference.acting() as reference:
-                return [*found, response_logprobs(reference, batch), trial.critic(batch)]
-
-    for first, second in zip(read(), read(), strict=True):
-        assert torch.equal(first, second)
-    for role in (trial.policy, trial.reference, trial.critic.role):
-        assert not any(module.training for module in role.model.modules())
-    trial.update([group, *sampled_groups(1, seed=1)])
-    assert trial.update([group])["first_ratio"] == pytest.approx(1, abs=1e-5)
-    assert not any(module.training for module in trial.policy.model.modules())
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_dropout_is_off_in_the_reward_model_while_it_learns(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
-    path = noisy(tiny_model_dir, tmp_path)
-    model = ModelConfig(lora=replace(LORA, dropout=0.5))
-    settings = {"finetune": kind, "model": model, "epochs": 3.0}
-    fits = []
-    for seed in (0, 1):  # of whatever draws without being told to
-        torch.manual_seed(seed)
-        fits.append(fit_reward(path, labels(), **settings))
-    first, second = (one.gradients for one in fits)
-    assert all(farthest(a, b) == 0 for a, b in zip(first, second, strict=True))
-    assert not any(module.training for module in fits[0].model.backbone.modules())
-
-
-def test_an_adapter_from_a_folder_brings_no_dropout(tiny_model_dir: Path, tmp_path: Path) -> None:
-    config = ModelConfig(lora=replace(LORA, dropout=0.5))
-    base = SharedBase(load_causal_lm(tiny_model_dir, config), config)
-    stir(base.add("policy", 0), 1)
-    base.save("policy", tmp_path)
-    again = SharedBase(load_causal_lm(tiny_model_dir, config), config, start=tmp_path)
-    again.load("reward", tmp_path)
-    assert not any(module.training for module in again.model.modules())

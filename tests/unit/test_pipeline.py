@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import trlhf
 from trlhf import first_labels
+from trlhf.closing import news_of
 from trlhf.config import Config, EvaluationConfig, LabelerConfig, ModelConfig, RlConfig, build_config
 from trlhf.fitting import fit_task
 from trlhf.labelers.exact import ExactVerifier
@@ -28,10 +29,14 @@ from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.round import RlInputs, Round
 from trlhf.roles import Role
-from trlhf.run import BEGUN, RunDirectory
+from trlhf.run import BEGUN, CHECKPOINTS, RunDirectory, StageDirectory
 from trlhf.targeting import Candidate
 from trlhf.tasks import Task
 from trlhf.types import Prompt, Question, Rollout
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process."""
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +83,39 @@ def test_models_that_were_made_since_are_evaluated_too(
     assert (run_dir / "trlhf.log").read_text().count("stage eval is complete already") == 1
 
 
+@pytest.mark.parametrize("stopped", ["killed", "told to stop"])
+def test_a_stage_that_ended_before_its_summary_was_written_is_noted_later(
+    evaluate: Callable[..., dict[str, Any]],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: str,
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    complete(run.path, "sft", tiny_model_dir)
+    update = RunDirectory.update_summary
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StageDirectory, "tidy", lambda _: (_ for _ in ()).throw(Killed))
+        if stopped == "killed":
+            patch.setattr(RunDirectory, "update_summary", lambda run, news: "seconds" in news or update(run, news))
+        evaluate()
+    assert run.stage("eval").done and "accuracy" not in run.summary()
+    before = {path: path.stat().st_mtime_ns for path in (run.path / "eval").glob("*.json*")}
+    (run.path / "eval" / CHECKPOINTS).mkdir()  # as if it had some: a kill while they were deleted
+    summary = evaluate()
+    assert {path: path.stat().st_mtime_ns for path in (run.path / "eval").glob("*.json*")} == before
+    assert list(summary["accuracy"]) == list(summary["plans"]) == ["base", "sft"] and summary["seconds"]["eval"] > 0
+    assert not run.interrupted("eval") and not (run.path / "eval" / CHECKPOINTS).exists()
+
+
+def test_what_each_stage_adds_to_the_summary() -> None:
+    assert news_of("sft", {"demonstrations": 3, "loss": 1.0}) == {"demonstrations": 3}
+    assert news_of("reward", {"held_out": {"n": 2}, "fit": {}}) == {"reward": {"held_out": {"n": 2}}}
+    labels = {"budget": 9.0, "spent": 4.0, "remaining": 5.0}
+    news = news_of("rl", {"labels": labels, "stopped": None, "held_out_accuracy": [0.5], "steps": 1})
+    assert news == {"labels": {"budget": 9.0, "spent": 4.0}, "rl": {"stopped": None, "held_out_accuracy": [0.5]}}
+
+
 def test_no_bar_of_a_library_is_shown_while_a_model_loads(
     evaluate: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,10 +157,6 @@ def test_one_model_at_a_time_is_evaluated(
 # ---- time ----
 
 
-class Killed(BaseException):
-    """What SIGKILL is to a process."""
-
-
 def test_seconds_add_up_over_errors_and_kills(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
 
@@ -144,9 +178,10 @@ def test_seconds_add_up_over_errors_and_kills(tmp_path: Path) -> None:
     killed_100_s_after_it_began()
     with suppress(Killed), run.clock("rl"):
         killed_100_s_after_it_began()  # once more, before it came to add the first 100 s to the summary
-        kept = (tmp_path / "rl" / BEGUN).read_text()
+        kept = {path: path.read_bytes() for path in (tmp_path / "rl" / BEGUN, tmp_path / "summary.json")}
         raise Killed
-    (tmp_path / "rl" / BEGUN).write_text(kept)
+    for path, content in kept.items():
+        path.write_bytes(content)
     killed_100_s_after_it_began()
     with run.clock("rl"):
         assert run.interrupted("rl")
@@ -211,6 +246,9 @@ POOL = [numbered(f"{number} plus 3?", number) for number in range(8)]
 GOLD = {prompt.id: str(number + 3) for number, prompt in enumerate(POOL)}
 
 
+NOBODY: Any = None  # plays no role: what is tested asks no model
+
+
 def candidates(shift: int) -> list[Candidate]:
     """Every prompt with two samples; another ``shift`` gives other answers."""
     return [
@@ -256,7 +294,7 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
 
     def buy(shift: int, labeler: ExactVerifier, ledger: Ledger) -> None:
         refit: Any = None
-        inputs = RlInputs(POOL, tmp_path, tmp_path, ledger, labeler, Archive(POOL), refit)
+        inputs = RlInputs(POOL, tmp_path, NOBODY, ledger, labeler, Archive(POOL), refit)
         trainer = Round(config, stage, inputs, refit, refit, Progress(round=2))
         monkeypatch.setattr(trainer, "_candidates", lambda _before: candidates(shift))
         trainer.buy_labels()
@@ -272,6 +310,28 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+def test_a_round_that_is_done_again_knows_no_later_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the checkpoints of the rounds after it cannot be read."""
+    config = build_config(
+        {"targeting": {"budget": 8, "strategy": "uniform"}, "reward": {"labels": 1}, "rl": {"rounds": 4}}
+    )
+    stage, refit = RunDirectory(tmp_path).stage("rl"), cast("Any", None)
+
+    def buy(ledger: Ledger, number: int) -> Progress:
+        inputs = RlInputs(POOL, tmp_path, refit, ledger, ExactVerifier(GOLD), Archive(POOL), refit)
+        trainer = Round(config, stage, inputs, refit, refit, Progress(round=number))
+        monkeypatch.setattr(trainer, "_candidates", lambda _before: candidates(3))
+        trainer.buy_labels()
+        return trainer.state
+
+    with Ledger(tmp_path / "ledger.sqlite", 8) as ledger:
+        first = buy(ledger, 2)
+        decided = (stage.path / "round_02.json").read_text()
+        buy(ledger, 3)
+        assert len(ledger.labels()) == 5 and buy(ledger, 2) == first and len(first.pass_rates) == 2
+    assert (stage.path / "round_02.json").read_text() == decided and '"budget_left": 6.0' in decided
+
+
 def test_a_stage_made_again_buys_no_more_than_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build_config(
         {"targeting": {"budget": 4, "strategy": "uniform"}, "reward": {"labels": 1}, "rl": {"rounds": 1}}
@@ -279,7 +339,7 @@ def test_a_stage_made_again_buys_no_more_than_is_left(tmp_path: Path, monkeypatc
     with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
         for shift, attempt in ((3, "first"), (5, "again")):  # the folder was deleted; sampling went another way
             stage, refit = RunDirectory(tmp_path / attempt).stage("rl"), cast("Any", None)
-            inputs = RlInputs(POOL, tmp_path, tmp_path, ledger, ExactVerifier(GOLD), Archive(POOL), refit)
+            inputs = RlInputs(POOL, tmp_path, NOBODY, ledger, ExactVerifier(GOLD), Archive(POOL), refit)
             trainer = Round(config, stage, inputs, refit, refit, Progress(round=1))
             monkeypatch.setattr(trainer, "_candidates", lambda _before, shift=shift: candidates(shift))
             monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
@@ -301,8 +361,8 @@ def test_every_plain_prompt_of_the_pool_becomes_an_anchor_once(tmp_path: Path, m
     monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
     with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
         gold = GOLD | {prompt.id: "red" for prompt in plain}
-        inputs = RlInputs([*POOL, *plain], tmp_path, tmp_path, ledger, ExactVerifier(gold), Archive(POOL), refit)
-        trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, refit, refit, Progress())
+        inputs = RlInputs([*POOL, *plain], tmp_path, NOBODY, ledger, ExactVerifier(gold), Archive(POOL), refit)
+        trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, Role(refit), refit, Progress())
         held = Candidate(plain[0], (Rollout(plain[0].id, "Blue.", token_ids=(8,), answer="Blue"),) * 2)
         monkeypatch.setattr(trainer, "_candidates", lambda _before: [*candidates(3), held])
         trainer.buy_labels()

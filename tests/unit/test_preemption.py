@@ -121,7 +121,7 @@ def test_a_run_in_another_thread_leaves_signals_alone(heard: list[int]) -> None:
 
 
 @pytest.fixture
-def comes_while_data_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def comes_while_data_load(monkeypatch: pytest.MonkeyPatch, heard: list[int]) -> None:
     monkeypatch.setattr("trlhf.tasks.load_task", lambda _config: sigterm())
 
 

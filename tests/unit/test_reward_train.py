@@ -26,7 +26,7 @@ from trlhf.reward.labelled import read_labelled
 from trlhf.reward.model import RewardModel
 from trlhf.reward.report import assess, clustered_accuracy, rank_correlation
 from trlhf.reward.split import Labels, split_by_prompt
-from trlhf.reward.table import prompts_of
+from trlhf.reward.table import prompts_of, tabulate
 from trlhf.run import StageDirectory
 from trlhf.types import Prompt
 
@@ -71,6 +71,14 @@ def fitted(tiny_model_dir: Path) -> RewardModel:
     labels = marked(40)
     model = RewardModel.from_backbone(tiny_model_dir, ModelConfig(), heads=10)
     return fit(model, labels.responses, labels.pairs, FitSettings())
+
+
+def test_scores_are_centred_on_the_samples_learned_from(fitted: RewardModel) -> None:
+    """Every head's f has mean 0 over the reference's samples: an open reward of ½ is a typical response."""
+    labels = marked(40)
+    _, prompts, responses = tabulate(labels.responses, labels.pairs)
+    scores = fitted.heads.scores(fitted.pool_samples(fitted.encode(prompts, responses)))
+    assert scores.std() > 0.3 and scores.mean(0).abs().max() < 1e-4
 
 
 def test_it_learns_what_the_words_say(fitted: RewardModel) -> None:
@@ -144,18 +152,6 @@ def test_training_that_only_hurts_is_undone(tiny_model_dir: Path) -> None:
     fit(model, labels.responses, labels.pairs, FitSettings(finetune="full", epochs=1.0, learning_rate=0.5))
     assert model.fitted["kept_epoch"] == 0
     torch.testing.assert_close(model.logits([prompt(0)], ["good"]), frozen)
-
-
-def test_microbatches_do_not_change_a_step(tiny_model_dir: Path) -> None:
-    labels = marked(16)
-
-    def weight(size: int) -> torch.Tensor:
-        model = RewardModel.from_backbone(tiny_model_dir, ModelConfig(), heads=2)
-        settings = FitSettings(finetune="full", epochs=1.0, batch_size=16, microbatch_size=size)
-        fit(model, labels.responses, labels.pairs, settings)
-        return model.heads.weight.detach()
-
-    torch.testing.assert_close(weight(16), weight(5), atol=1e-4, rtol=0)
 
 
 def test_a_split_never_cuts_a_prompt_in_two() -> None:

@@ -22,9 +22,12 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def loaded(tiny_model_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-    with torch.no_grad():  # longer embeddings: sharper choices, and EOS now and then
+    with torch.no_grad():  # a fresh model repeats its last token; this one minds all before it, and says EOS at times
         model.model.embed_tokens.weight *= 8
-        model.model.embed_tokens.weight[model.config.eos_token_id] *= 4
+        model.model.embed_tokens.weight[model.config.eos_token_id] *= 2
+        for layer in model.model.layers:
+            for value in layer.parameters():
+                value *= 12 if value.dim() == 2 else 1
     return model, load_tokenizer(tiny_model_dir)
 
 
@@ -38,6 +41,7 @@ def test_greedy_decoding_agrees_with_generate(loaded: tuple[PreTrainedModel, Pre
             expected = full[0, ids.shape[1] :].tolist()
             assert list(rollout.token_ids) == expected
             assert rollout.finished == (expected[-1] == tokenizer.eos_token_id)
+        assert len({rollout.token_ids for [rollout] in found}) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -133,6 +133,23 @@ def test_an_artifact_of_a_stage_that_did_not_end_well_is_refused(tmp_path: Path)
     assert stage.require("reward.json", made_by="stage=reward") == stage.path / "reward.json"
 
 
+def test_what_killed_processes_were_writing_is_swept_up_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "rl" / "model").mkdir(parents=True)
+    for name in (".summary.json.7.tmp", "rl/.metrics.json.7.tmp", "rl/model/config.json", "rl/x.tmp"):
+        (tmp_path / name).write_text("{")
+    first, second = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    first.lock()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        *(".lock", "rl/model/config.json", "rl/x.tmp"),
+    ]
+    being_written = tmp_path / ".summary.json.8.tmp"
+    being_written.write_text("{")
+    with pytest.raises(UserError):
+        second.lock()
+    assert being_written.exists(), "a living process was disturbed"
+    first.close()
+
+
 def test_metrics_log_rewinds_to_a_checkpoint(tmp_path: Path) -> None:
     stage = RunDirectory(tmp_path).stage("rl")
     for step in range(1, 6):
@@ -217,6 +234,12 @@ def test_dated_folder_and_continuing(tmp_path: Path) -> None:
     assert again.path == other.path and again.continued  # the newest unfinished
     again.stage("eval").complete({})
     again.close()
+    with pytest.raises(KeyboardInterrupt), RunDirectory(other.path).clock("eval"):  # its results not in the summary yet
+        raise KeyboardInterrupt
+    with open_run(config(), tmp_path) as interrupted:
+        assert interrupted.path == other.path
+    with RunDirectory(other.path).clock("eval"):
+        pass
     with open_run(config(), tmp_path) as older, open_run(config(seed=1), tmp_path) as different:
         assert older.path == first.path
         assert different.path not in (first.path, other.path) and not different.continued

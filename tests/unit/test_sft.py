@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from trlhf import files
 from trlhf.config import Config, build_config
 from trlhf.errors import UserError
 from trlhf.models import encode_prompt, load_tokenizer
+from trlhf.preemption import Preempted, watch
 from trlhf.run import RunDirectory, StageDirectory
 from trlhf.sft.checkpoints import newest_whole, seal
 from trlhf.sft.encode import IGNORED, EncodedDemonstration, check_encoded, encode_demonstrations
@@ -245,6 +249,58 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"x")
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-2", 2)
     assert newest_whole(tmp_path / "nothing") is None
+
+
+def test_an_older_checkpoint_that_was_half_deleted_goes_too(tmp_path: Path) -> None:
+    """The trainer's rotation goes by time: the deletion made it young, so a whole one would be deleted in its place."""
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.pt"):
+            (folder / name).write_bytes(b"x")
+        seal(folder)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-4", 4)
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StageDirectory, "tidy", lambda _: None)
+    for limit in (2, 3):
+        config = _config(tiny_model_dir, sft={"save_steps": 1, "save_total_limit": limit})
+        train_sft(_sums(8), config, _stage(tmp_path / str(limit)))
+        found = (tmp_path / str(limit) / "sft" / "checkpoints").glob("checkpoint-*")
+        assert {path.name for path in found} == {f"checkpoint-{step}" for step in range(5 - limit, 5)}
+
+
+def test_sigterm_ends_the_step_saves_it_and_the_run_goes_on_to_the_same_weights(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny_model_dir, sft={"save_steps": 2, "learning_rate": 1e-2})
+    train_sft(_sums(12), config, _stage(tmp_path / "whole"))
+    backward = SFTTrainer.training_step
+    passes: list[int] = []
+
+    def told_to_stop(self: Any, *arguments: Any, **more: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 5:  # the first of two passes of step 3, which is none of those that are saved anyway
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(self, *arguments, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="at step 3 of the sft stage"), watch():
+        patch.setattr(SFTTrainer, "training_step", told_to_stop)
+        train_sft(_sums(12), config, _stage(tmp_path / "cut"))
+    assert newest_whole(tmp_path / "cut" / "sft" / "checkpoints") == (
+        tmp_path / "cut" / "sft" / "checkpoints" / "checkpoint-3",
+        3,
+    )
+    assert not (tmp_path / "cut" / "sft" / "model").exists()
+    train_sft(_sums(12), config, _stage(tmp_path / "cut"))
+    assert _distance(_weights(tmp_path / "whole"), _weights(tmp_path / "cut")) == 0.0
+    for name in ("metrics.jsonl", "metrics.json"):
+        assert (tmp_path / "whole" / "sft" / name).read_text() == (tmp_path / "cut" / "sft" / name).read_text()
 
 
 def test_long_demonstrations_are_left_out_and_counted(tiny_model_dir: Path) -> None:

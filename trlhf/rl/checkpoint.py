@@ -146,9 +146,9 @@ def _step(path: Path) -> int:
 
 
 def _newest_first(stage: StageDirectory, kind: str = REGULAR) -> list[Path]:
-    """Return the folders of all checkpoints; one whose deletion a kill cut short has no state and is none."""
+    """Return the folders of all checkpoints of a kind, also one that a kill cut short in its deletion."""
     folder = stage.path / CHECKPOINTS
     for aside in folder.glob(f".{kind}-*.old"):
         files.recover(folder / aside.name.removeprefix(".").removesuffix(".old"))
     found = [path for path in folder.glob(f"{kind}-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted((path for path in found if (path / STATE).exists()), key=_step, reverse=True)
+    return sorted(found, key=_step, reverse=True)

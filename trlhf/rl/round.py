@@ -257,11 +257,13 @@ class Round:
         config = self.config
         prompts = [p for p in self.pool if not p.reasoning and p.id not in held]
         most = min(config.targeting.candidates, len(prompts)) if config.rl.anchor_coef else 0
+        if not most:
+            return []
         prompts = python_rng(config.seed, "rl", "anchors").sample(prompts, most)
         sampling = Sampling.of(config.rl, 1)
         generator = torch_generator(config.seed, "rl", "anchors")
         with self.policy.acting() as model:
-            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator) if prompts else []
+            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
         return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
 
     def _has_open(self) -> bool:
