@@ -1,11 +1,12 @@
 """The claim that a run may be killed at any moment, measured: SIGKILL, the same command again, and the same end.
 
-    python benchmarks/kill.py            PPO and DPO, 20 moments in all (twenty minutes on two idle cores)
+    python benchmarks/kill.py            PPO and DPO, 20 moments in all (half an hour on two idle cores)
     python benchmarks/kill.py --quick    the same on very small sizes, whose phases are too short to meet all of them
 
 An undisturbed run of each algorithm tells what stands on disk when. Then two twins of each are killed five times in a
 row, and once asked to stop with SIGTERM: in every phase at least once, the rest at random times. Phases are seen from
-outside, on disk. In the end every file is compared, bit for bit but for times.
+outside, on disk; where one was over before the signal came, it is tried again later. In the end every file is
+compared, bit for bit but for times.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from provenance import RESULTS, ROOT, commit, from_root, provenance
 from same_end import TIMES, differences, kept_labels, ledger_rows
 from strike import POLL, Disk, Strike, Trigger, start, strike
 
-from trlhf.files import write_json
+from trlhf.files import read_jsonl, write_json
 
 ALGORITHMS = ("ppo", "dpo")
 QUICK = (
@@ -44,10 +45,10 @@ ANY = "any time"
 PHASES = {
     "sft": (r"sft step \d+", 0.0, 1.0),
     "sft checkpoint": (r"writing sft/checkpoint-\d+", 0.0, 0.6),
-    "reward samples": (r"reward/begun", 0.05, 0.95),
+    "reward samples": (r"reward/begun", 0.05, 0.6),
     "reward labels": (r"asking reward/.*", 0.0, 0.05),  # then the reward model is loaded
-    "reward fit": (r"reward/split.jsonl", 0.05, 0.95),
-    "rl candidates": (r"(?:rl/begun|rl step \d+)(?=\nrl/round_\d+_samples.jsonl)", 0.05, 0.95),
+    "reward fit": (r"reward/split.jsonl", 0.05, 0.6),
+    "rl candidates": (r"(?:rl/begun|rl step \d+)(?=\nrl/round_\d+_samples.jsonl)", 0.05, 0.6),
     "rl labels": (r"asking rl/.*", 0.0, 0.8),
     "rl update": (r"rl step \d+(?=\nrl step)", 0.6, 0.95),  # behind no checkpoint; a step samples first
     "rl checkpoint": (r"writing rl/checkpoint-\d+", 0.0, 0.6),
@@ -57,9 +58,9 @@ PHASES = {
 # The moments of two twins of each algorithm; together they meet every phase.
 PLAN = {
     ("ppo", 1): ("sft", "reward labels", "rl candidates", "rl update", ANY, "SIGTERM rl update"),
-    ("ppo", 2): ("reward samples", "rl checkpoint", "rl model", ANY, ANY),
+    ("ppo", 2): ("reward samples", "reward fit", "rl checkpoint", "rl model", ANY),
     ("dpo", 1): ("sft checkpoint", "reward fit", "rl update", "eval", ANY, "SIGTERM sft"),
-    ("dpo", 2): ("rl labels", "rl checkpoint", "rl model", ANY, ANY),
+    ("dpo", 2): ("reward samples", "rl candidates", "rl labels", "rl checkpoint", ANY),
 }
 ATTEMPTS = 3  # at a phase that was over before the signal came
 Timeline = Mapping[str, float]  # state → seconds after the start when it was first seen, in order
@@ -73,11 +74,13 @@ class Moment:
         at: seconds after the start, in the undisturbed run.
         state: what stands on disk by then.
         delay: seconds after that was seen.
+        of_step: instead, a share of the time that the last step took: two runs need not meet the same load.
     """
 
     at: float
     state: str
     delay: float
+    of_step: float | None = None
 
 
 def watch(run: Path, overrides: Sequence[str]) -> dict[str, float]:
@@ -110,8 +113,9 @@ def moments(phase: str, timeline: Timeline, rng: random.Random) -> list[Moment]:
     for (state, at), (following, then) in pairwise(seen):
         match = re.match(pattern, f"{state}\n{following}")
         if match and match[0] == state:
-            delay = rng.uniform(low, high) * (then - at)
-            found.append(Moment(at + delay, state, delay))
+            share = rng.uniform(low, high)
+            delay = share * (then - at)
+            found.append(Moment(at + delay, state, delay, share if phase == "rl update" else None))
     return found
 
 
@@ -126,7 +130,7 @@ def twin(algorithm: str, number: int, folder: Path, overrides: Sequence[str], ti
     rng = random.Random(f"{algorithm} {number}")
     run = folder / f"{algorithm}-{number}"
     aims = [(name, moments(name.removeprefix("SIGTERM "), timeline, rng)) for name in PLAN[algorithm, number]]
-    planned = [(rng.choice(places), name) for name, places in aims if places]
+    planned = [(rng.choice(places[: len(places) // 2 + 1]), name) for name, places in aims if places]  # some are left
     strikes: list[tuple[Strike, dict[str, Any]]] = []
     for moment, name in sorted(planned, key=lambda entry: entry[0].at):
         strikes += _meet(run, overrides, timeline, name, moment, rng)
@@ -157,7 +161,7 @@ def _meet(
     order = {state: place for place, state in enumerate(timeline)}
     done = []
     for _ in range(ATTEMPTS):
-        struck = strike(run, overrides, reached(moment.state, timeline), moment.delay, sent)
+        struck = strike(run, overrides, reached(moment.state, timeline), partial(_delay, run, moment), sent)
         newest = max((state for state in struck.states if state in order), key=order.__getitem__, default="start")
         met = struck.sent is not None and (sent == signal.SIGTERM or _is_in(phase, moment, struck.states, order))
         done.append((struck, _record(name, moment, struck, met)))
@@ -167,6 +171,11 @@ def _meet(
             break
         moment = later[0]
     return done
+
+
+def _delay(run: Path, moment: Moment) -> float:
+    steps = read_jsonl(run / "rl" / "metrics.jsonl") if moment.of_step is not None else []
+    return moment.delay if moment.of_step is None or not steps else moment.of_step * float(steps[-1]["seconds"])
 
 
 def _is_in(phase: str, moment: Moment, states: set[str], order: Mapping[str, int]) -> bool:
@@ -183,7 +192,7 @@ def _record(name: str, moment: Moment, struck: Strike, met: bool) -> dict[str, A
         "signal": struck.sent.name if struck.sent else None,
         "met": met,
         "waited_for": moment.state,
-        "delay": round(moment.delay, 4),
+        "delay": round(struck.delay, 4),
         "seconds_into_process": round(struck.seconds, 2),
         "status": struck.status,
         **({"seconds_to_end": round(struck.seconds_to_end, 2), "said": struck.output[-1:]} if stopped else {}),
@@ -200,6 +209,7 @@ def summarise(twins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summary = {
         "kills": len(kills),
         "phases_met": met,
+        "phases_missed": [phase for phase, times in met.items() if not times],
         "identical": all(one["identical"] for one in twins),
         "labels_lost": sum(one["labels_lost"] for one in twins),
         "labels_asked_twice": sum(one["labels_asked_twice"] for one in twins),
@@ -214,15 +224,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="very small sizes")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, on one thread each")
-    parser.add_argument("--folder", type=Path, help="of the runs, emptied first (default: runs/kill/<commit>)")
+    parser.add_argument("--folder", type=Path, help="of the runs, a new one (default: runs/kill/<commit>)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/kill.json, with --quick in the folder")
     parser.add_argument("overrides", nargs="*", help="further overrides of every run, after --")
     arguments = parser.parse_args()
     folder = (arguments.folder or ROOT / "runs" / "kill" / commit()).resolve()
     output = arguments.output or (folder if arguments.quick else RESULTS) / "kill.json"
     overrides = [*(QUICK if arguments.quick else ()), "hardware.threads=1", "hardware.device=cpu", *arguments.overrides]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"{folder}: holds something; delete it, or give another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {**provenance(), "overrides": overrides, "left_out": sorted(TIMES)}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         each = {name: [f"rl={name}", *overrides] for name in ALGORITHMS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -15,16 +16,18 @@ import yaml
 
 TIMES = frozenset({"seconds", "tokens_per_second", "made", "time"})  # keys and columns that say when, or how fast
 PASSING = frozenset({".lock", "trlhf.log"})  # what tells of a process, not of its result
+SETS = frozenset({"target_modules"})  # keys whose list is a set, which peft writes in a random order
 Rows = dict[str, dict[str, tuple[Any, ...]]]  # table → key → row
 
 
 def differences(run: Path, other: Path) -> dict[str, str]:
     """Return for every file of two finished runs ``""`` where they agree, else what differs.
 
-    JSON is compared value by value without the `TIMES`, the ledger row by row in order, everything else byte by byte.
+    JSON is compared value by value without the `TIMES`, the ledger row by row in order, everything else byte by byte;
+    a run's own folder may stand in its files.
     """
     files = {path.relative_to(root).as_posix() for root in (run, other) for path in root.rglob("*") if path.is_file()}
-    return {name: _difference(run / name, other / name) for name in sorted(files) if name not in PASSING}
+    return {name: _difference(run, other, name) for name in sorted(files) if name not in PASSING}
 
 
 def ledger_rows(path: Path) -> Rows:
@@ -61,7 +64,8 @@ def _rows(connection: sqlite3.Connection, table: str, key: str) -> Iterator[tupl
         yield row[names.index(key)], tuple(zip(names, row, strict=True))
 
 
-def _difference(one: Path, two: Path) -> str:
+def _difference(run: Path, other: Path, name: str) -> str:
+    one, two = run / name, other / name
     if not (one.exists() and two.exists()):
         return f"only {one if one.exists() else two} exists"
     if one.name == "done":  # holds a time
@@ -69,24 +73,23 @@ def _difference(one: Path, two: Path) -> str:
     if one.suffix == ".sqlite":
         return _first_difference(_without_times(ledger_rows(one)), _without_times(ledger_rows(two)))
     if one.suffix in (".json", ".jsonl", ".yaml"):
-        return _first_difference(_values(one), _values(two))
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (one, two)]
+        return _first_difference(_values(run, one), _values(other, two))
+    placeless = [(root / name).read_bytes().replace(os.fsencode(root), b"RUN") for root in (run, other)]
+    digests = [hashlib.sha256(content).hexdigest()[:16] for content in placeless]
     return "" if digests[0] == digests[1] else f"sha256 {digests[0]} against {digests[1]}"
 
 
-def _values(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+def _values(run: Path, path: Path) -> Any:
+    text = path.read_text(encoding="utf-8").replace(str(run), "RUN")
     if path.suffix == ".jsonl":
         return [_timeless(json.loads(line)) for line in text.splitlines()]
-    if path.suffix == ".json":
-        return _timeless(json.loads(text))
-    values = yaml.safe_load(text)
-    return {**values, "run": {**values["run"], "dir": None}} if isinstance(values, dict) and "run" in values else values
+    return _timeless(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
 
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _timeless(item) for key, item in value.items() if key not in TIMES}
+        kept = {key: item for key, item in value.items() if key not in TIMES}
+        return {key: sorted(item) if key in SETS and item else _timeless(item) for key, item in kept.items()}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 

@@ -77,6 +77,7 @@ class Strike:
     Attributes:
         sent: None where the process ended before its moment came.
         seconds: from its start to the signal.
+        delay: of the signal after its moment was seen.
         states: of the disk, after its end.
         disk: the same for people: steps, checkpoints, complete stages, labels.
         ledger: the rows of the ledger.
@@ -87,6 +88,7 @@ class Strike:
 
     sent: signal.Signals | None
     seconds: float
+    delay: float
     states: set[str]
     disk: dict[str, Any]
     ledger: Rows
@@ -104,14 +106,19 @@ def start(run: Path, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def strike(
-    run: Path, overrides: Sequence[str], trigger: Trigger, delay: float = 0.0, sent: signal.Signals = signal.SIGKILL
+    run: Path,
+    overrides: Sequence[str],
+    trigger: Trigger,
+    delay: Callable[[], float] = lambda: 0.0,
+    sent: signal.Signals = signal.SIGKILL,
 ) -> Strike:
-    """Start a run, wait until its moment stands on disk and then ``delay`` seconds more, and send it a signal."""
+    """Start a run, wait until its moment stands on disk and then ``delay()`` seconds more, and send it a signal."""
     disk, begun = Disk(run, time.time()), time.monotonic()
     process = start(run, overrides)
     while process.poll() is None and not trigger(disk.states()):
         time.sleep(POLL)
-    time.sleep(delay if process.poll() is None else 0.0)
+    wait = delay() if process.poll() is None else 0.0
+    time.sleep(wait)
     alive, at = process.poll() is None, time.monotonic()
     if alive:
         process.send_signal(sent)
@@ -120,7 +127,7 @@ def strike(
     lines = _output(run).read_text(encoding="utf-8", errors="replace").splitlines()[-4:]
     end = time.monotonic()
     return Strike(
-        sent if alive else None, at - begun, disk.states(), describe(run, rows), rows, status, end - at, lines
+        sent if alive else None, at - begun, wait, disk.states(), describe(run, rows), rows, status, end - at, lines
     )
 
 

@@ -36,7 +36,7 @@ def struck(undisturbed: object, tmp_path_factory: pytest.TempPathFactory) -> tup
     kills = [
         strike(run, OVERRIDES, comes("writing sft/checkpoint-[2-4]")),
         strike(run, OVERRIDES, comes("asking rl/round_01.*")),
-        strike(run, OVERRIDES, comes("rl step [3-7]"), delay=0.02),  # inside the next step
+        strike(run, OVERRIDES, comes("rl step [3-7]"), lambda: 0.02),  # inside the next step
     ]
     kept = max(int(name.rpartition("-")[2]) for name in kills[-1].disk["checkpoints"] if "(" not in name)
     begun = comes(f"rl step [{kept + 1}-9]")  # a step of its own

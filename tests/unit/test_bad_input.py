@@ -259,6 +259,7 @@ def test_an_unreadable_model(given: Callable[..., list[str]], refused: Refused, 
 
 def test_an_unreadable_rl_checkpoint(given: Callable[..., list[str]], refused: Refused, prepared: Path) -> None:
     RunDirectory(prepared).stage("reward").write_json("reward.json", {})
+    RunDirectory(prepared).stage("reward").write_jsonl("split.jsonl", [])
     RunDirectory(prepared).stage("reward").complete({})
     state = checkpoint.folder_of(RunDirectory(prepared).stage("rl"), 4) / checkpoint.STATE
     state.parent.mkdir(parents=True)

@@ -32,6 +32,9 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
         stage = run.stage("rl")
         stage.log(1, loss=0.25, seconds=seconds, tokens_per_second=100 / seconds)
         stage.write_json("config.yaml", {"seed": 0, "run": {"dir": str(run.path)}})
+        (stage.path / "card.md").write_text(f"of {run.path}/sft")
+        modules = ["k_proj", "q_proj"] if name == "one" else ["q_proj", "k_proj"]
+        stage.write_json("adapter_config.json", {"target_modules": modules, "r": 4})
         (stage.path / "model.safetensors").write_bytes(b"weights")
         ask(run.path, 3)
         stage.complete({"loss": 0.25, "made": {"sft": seconds}})
@@ -47,7 +50,15 @@ def found(runs: tuple[Path, Path]) -> dict[str, str]:
 
 def test_times_and_folders_make_no_difference(runs: tuple[Path, Path]) -> None:
     assert found(runs) == {}
-    names = {"config.yaml", "done", "metrics.json", "metrics.jsonl", "model.safetensors"}
+    names = {
+        "adapter_config.json",
+        "card.md",
+        "config.yaml",
+        "done",
+        "metrics.json",
+        "metrics.jsonl",
+        "model.safetensors",
+    }
     assert set(differences(*runs)) == {"ledger.sqlite", "summary.json", *(f"rl/{name}" for name in names)}
 
 
@@ -66,6 +77,8 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "rl/metrics.json": lambda run: change(run / "rl/metrics.json", "0.25", "null"),
     "summary.json": lambda run: change(run / "summary.json", '"seed": 0', '"seed": 0.0'),
     "rl/config.yaml": lambda run: change(run / "rl/config.yaml", '"seed": 0', '"seed": 1'),
+    "rl/card.md": lambda run: change(run / "rl/card.md", "/sft", "/rl"),
+    "rl/adapter_config.json": lambda run: change(run / "rl/adapter_config.json", "k_proj", "v_proj"),
     "rl/done": lambda run: (run / "rl/done").unlink(),
     "rl/.x.tmp": lambda run: write(run / "rl/.x.tmp", "left"),
     "ledger.sqlite": lambda run: ask(run, 4),
