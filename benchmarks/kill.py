@@ -49,11 +49,11 @@ PHASES = {
     "reward labels": (r"asking reward/.*", 0.0, 0.05),  # then the reward model is loaded
     "reward fit": (r"reward/split.jsonl", 0.05, 0.6),
     "rl candidates": (r"(?:rl/begun|rl step \d+)(?=\nrl/round_\d+_samples.jsonl)", 0.05, 0.6),
-    "rl labels": (r"asking rl/.*", 0.0, 0.8),
+    "rl labels": (r"asking rl/.*", 0.0, 0.4),
     "rl update": (r"rl step \d+(?=\nrl step)", 0.6, 0.95),  # behind no checkpoint; a step samples first
     "rl checkpoint": (r"writing rl/checkpoint-\d+", 0.0, 0.6),
     "rl model": (r"writing rl/model", 0.0, 0.6),
-    "eval": (r"eval/(?!done).*", 0.0, 1.0),
+    "eval": (r"eval/(?!done).*", 0.0, 0.6),
 }
 # The moments of two twins of each algorithm; together they meet every phase.
 PLAN = {

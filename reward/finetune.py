@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trlhf.config import ModelConfig
 from trlhf.distributed import share, sum_counts, sum_gradients
+from trlhf.errors import UserError
 from trlhf.reward.features import FeatureStore, Pooled, Sample, collate
 from trlhf.reward.model import REWARD_ADAPTER, RewardModel
 from trlhf.reward.table import LabelTable
@@ -22,6 +23,7 @@ from trlhf.seeding import torch_generator
 
 Log = Callable[[int, dict[str, float]], None]
 MAX_GRAD_NORM = 1.0
+MAX_BAD_STEPS = 3  # in a row
 WARMUP_SHARE = 0.1
 VALIDATION_SHARE = 0.2  # of the training prompts, to choose the epoch to keep
 MIN_VALIDATION_LABELS = 10
@@ -87,20 +89,30 @@ def finetune(model: RewardModel, data: Data, settings: FitSettings, log: Log | N
 
     Returns:
         The epoch that was kept; 0 is the frozen fit.
+
+    Raises:
+        UserError: the third gradient in a row that is not finite.
     """
     training, validation = _split(data, settings.seed)
     kept, model.features = model.features, None  # they are about to change
     parameters = _learning(model, settings)
     optimizer, schedule = _optimizer(parameters, settings, len(training.table))
     best_loss, best_epoch, best = _mean_loss(model, validation, settings), 0, _copy(parameters)
-    step = 0
+    step = bad = 0
     for epoch, batches in enumerate(_epochs(len(training.table), settings), start=1):
         for labels in batches:
             loss, metrics = _backward(model, training, labels, settings)
             sum_gradients(list(parameters.values()))
             norm = nn.utils.clip_grad_norm_(list(parameters.values()), MAX_GRAD_NORM)
-            if torch.isfinite(norm):
-                optimizer.step()
+            bad = 0 if torch.isfinite(norm) else bad + 1
+            if bad == MAX_BAD_STEPS:
+                raise UserError(
+                    f"reward model: the gradient was not finite {bad} steps in a row; lower reward.learning_rate="
+                    f"{settings.learning_rate}, or use reward.finetune=frozen or model.dtype=float32"
+                )
+            if bad:
+                optimizer.zero_grad(set_to_none=True)  # so that this step changes nothing
+            optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

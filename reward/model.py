@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trlhf import files
 from trlhf.config import ModelConfig
 from trlhf.errors import UserError
+from trlhf.merging import save_model
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
-from trlhf.roles import Role, load_sft, save_model
+from trlhf.roles import Role, load_sft
 from trlhf.types import Prompt, Score
 
 FORMAT = 2
@@ -218,7 +219,7 @@ class RewardModel(nn.Module):
 
         Args:
             directory: the folder that holds ``reward.json``.
-            config: dtype and attention to load the backbone with; None: its own dtype, and sdpa.
+            config: attention to load the backbone with; None: sdpa. Its type is the one it was saved in.
             device: where to put it.
             role: who plays the backbone, where a shared base already carries it; None: load ``model/``.
 
@@ -229,13 +230,13 @@ class RewardModel(nn.Module):
         files.recover(directory / BACKBONE)
         try:
             settings = files.read_json(directory / SETTINGS)
-            stands_on = str(settings["backbone"])
+            stands_on = str(settings.get("backbone", "own"))
             heads = EnsembleHeads(
                 settings["feature_size"], settings["prompt_size"], settings["heads"], settings["prior_scale"], seed=0
             )
             heads.load_state_dict(safetensors.torch.load_file(directory / HEADS))
             calibration = Calibration(**settings["calibration"])
-            config = config or ModelConfig(dtype=settings["dtype"])
+            config = replace(config or ModelConfig(), dtype=settings["dtype"])
             max_length = int(settings["max_length"])
         except UserError:
             raise

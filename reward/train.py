@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from trlhf.models import choose_device
 from trlhf.reward.calibration import calibrate
 from trlhf.reward.finetune import FitSettings
 from trlhf.reward.fit import fit, fit_settings
-from trlhf.reward.model import ADAPTER, REWARD_ADAPTER, Calibration, RewardModel
+from trlhf.reward.model import Calibration, RewardModel, backbone_of
 from trlhf.reward.report import assess, describe_labels, summarise
 from trlhf.reward.split import Label, Labels, split_by_prompt, write_split
 from trlhf.reward.table import tabulate
-from trlhf.roles import SharedBase, load_sft
+from trlhf.roles import reward_role, shared_base
 from trlhf.run import StageDirectory
 from trlhf.types import Prompt
 
@@ -82,9 +82,10 @@ class Probe:
 
 def _fit_and_save(given: Labels, config: Config, stage: StageDirectory, backbone: Path) -> tuple[dict[str, Any], Probe]:
     settings = fit_settings(config)
+    whole = settings.finetune == "full"  # AdamW's small steps would vanish in bfloat16 weights
     model = RewardModel.from_backbone(
         backbone,
-        config.model,
+        replace(config.model, dtype="float32") if whole else config.model,
         heads=config.reward.heads,
         prior_scale=config.reward.prior_scale,
         seed=config.seed,
@@ -129,9 +130,8 @@ def check_saved(directory: Path, config: Config, probe: Probe, sft: Path) -> Non
     """
     device = choose_device(config)
     role = None
-    if (directory / ADAPTER).exists():
-        start = load_sft(sft, config.model, device)
-        role = (start.base or SharedBase(start.model, config.model)).load(REWARD_ADAPTER, directory / ADAPTER)
+    if config.model.lora.enabled:
+        role = reward_role(shared_base(sft, config.model, device), directory, backbone_of(directory))
     again = RewardModel.load(directory, config.model, device, role)
     difference = float((probe.logits - again.logits(probe.prompts, probe.responses)).abs().max())
     if not difference <= RELOAD_TOLERANCE or again.calibration != probe.calibration:

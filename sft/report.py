@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,10 @@ class StageCallback(TrainerCallback):
         self._stage = stage
         self._advance: Advance | None = None
         self._open = ExitStack()
+        self._last: tuple[float, float | None] = (
+            0.0,
+            0.0,
+        )  # when the last step was logged; tokens until then, if known
 
     def __enter__(self) -> StageCallback:
         return self
@@ -78,7 +83,8 @@ class StageCallback(TrainerCallback):
         """Append a line; stop when the loss is no number any more."""
         if not logs or "loss" not in logs:  # the trainer's closing summary has another shape
             return
-        self._stage.log(state.global_step, **{ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs})
+        found = {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
+        self._stage.log(state.global_step, **found, **self._speed(logs))
         if self._advance is not None:
             self._advance(1, f"loss {logs['loss']:.3f}")
         if not math.isfinite(logs["loss"]):
@@ -86,6 +92,18 @@ class StageCallback(TrainerCallback):
                 f"sft: the loss is {logs['loss']} at step {state.global_step}; try a smaller sft.learning_rate, or "
                 "model.dtype=float32"
             )
+
+    def _speed(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return how long the step took and, from the second step of a process on, its tokens in a second of it."""
+        now, tokens = time.monotonic(), logs.get("num_tokens", 0.0)
+        seconds, before = now - self._last[0], self._last[1]
+        self._last = (now, tokens)
+        return {"seconds": seconds} | ({} if before is None else {"tokens_per_second": (tokens - before) / seconds})
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock of the first step; the later ones begin where one ended."""
+        if self._last[0] == 0.0:
+            self._last = (time.monotonic(), None if state.global_step else 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop after the step in which SIGTERM came."""

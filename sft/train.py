@@ -21,8 +21,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trlhf import files, preemption
 from trlhf.console import quiet_libraries
 from trlhf.errors import UserError
+from trlhf.merging import save_model
 from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
-from trlhf.roles import save_model
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations

@@ -153,7 +153,9 @@ class RlConfig:
     max_grad_norm: float = setting(1.0, above=0)
     adam_eps: float = setting(1e-5, above=0)  # "The N Implementation Details of RLHF with PPO", detail 6
     save_steps: int = setting(4, low=1)  # rollout batches between checkpoints
-    save_total_limit: int = setting(2, low=1)  # checkpoints kept, beside that of the best round
+    save_total_limit: int = setting(
+        2, low=2, remedy="the newest may be beyond rl.max_kl"
+    )  # checkpoints kept, beside that of the best round
     max_kl: float | None = setting(50.0, above=0)  # nats per response to the reference, k1; beyond it the run stops
     held_out_patience: int = setting(2, low=0)  # rounds in a row with reward up, held-out accuracy down; 0: never stop
 

@@ -55,7 +55,10 @@ def differences(stage: str, running: Sequence[str], old: Mapping[str, Any], new:
         old: the configuration that the results were made with.
         new: the configuration now.
     """
-    was, now = dict(_flat(old)), dict(_flat(new))
+    from trlhf.config import Config, plain
+
+    defaults = dict(_flat(plain(Config())))  # what a key that was not there yet stood for
+    was, now = defaults | dict(_flat(old)), dict(_flat(new))
     keys = {key for name in running for key in _shared(stage, name)}
     if keys:
         keys.update(ONE_DRAW.get(str(was.get("data.name")), ()))

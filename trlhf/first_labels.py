@@ -11,7 +11,8 @@ from trlhf.console import progress
 from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
 from trlhf.ledger import Ledger
-from trlhf.models import choose_device, load_causal_lm, load_tokenizer
+from trlhf.models import choose_device, load_tokenizer
+from trlhf.roles import load_sft
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
@@ -78,8 +79,8 @@ def _candidates(config: Config, model_dir: Path, pool: Sequence[Prompt]) -> list
     drawn += [prompt for prompt in shuffled if prompt.task == "open"][: pairs + pairs // 4]
     sampling = Sampling.of(config.rl, config.reward.samples_per_prompt)
     tokenizer = load_tokenizer(model_dir)
-    model = load_causal_lm(model_dir, config.model, choose_device(config))
+    role = load_sft(model_dir, config.model, choose_device(config))
     generator = torch_generator(config.seed, "reward", "rollouts")
-    with progress("reward: sampling responses to label", len(drawn)) as advance:
+    with role.acting() as model, progress("reward: sampling responses to label", len(drawn)) as advance:
         sampled = sample_responses(model, tokenizer, drawn, sampling, generator, advance)
     return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(drawn, sampled, strict=True)]

@@ -17,6 +17,7 @@ from trlhf.admission import open_run
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
+from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import RunDirectory, RunResult, planned
 from trlhf.types import Label, RowReport
@@ -37,13 +38,12 @@ def run_pipeline(config: Config) -> RunResult:
         Preempted: SIGTERM came; the same call goes on from what is on disk.
     """
     if config.dry_run:
-        from trlhf.plan import print_plan
-
         print_plan(config)
         return RunResult(Path(), {})
     with watch(), open_run(config) as run:
         setup_logging(run.path)
         _prepare_torch(config)
+        announce_memory(config, _free_memory(config))
         from trlhf.tasks import load_task
 
         task = load_task(config)
@@ -60,6 +60,7 @@ def run_pipeline(config: Config) -> RunResult:
             with run.clock(name):
                 if not complete:
                     stages[name](config, run, task)
+                    _let_go()
                 run.stage(name).tidy()
                 run.update_summary(news_of(name, run.stage(name).metrics()))
         _close(config, run)
@@ -79,6 +80,30 @@ def _prepare_torch(config: Config) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic: Any = torch.utils.deterministic  # the setting is not in its stubs
     deterministic.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
+
+
+def _free_memory(config: Config) -> float | None:
+    """Return the bytes that are free on the device of a run; None where the system does not say."""
+    import torch
+
+    from trlhf.models import choose_device
+
+    if choose_device(config) == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _let_go() -> None:
+    """Let go of a stage's models before the next one loads its own."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _versions() -> dict[str, str]:

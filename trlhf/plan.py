@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from trlhf.config import Config, ModelConfig
 from trlhf.console import CONSOLE, print_table
 from trlhf.run import planned
 
+log = logging.getLogger("trlhf")
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 NF4_BYTES = 4.127 / 8  # a weight with its double-quantised scales: https://arxiv.org/abs/2305.14314, sec. 3
@@ -168,11 +170,35 @@ def print_plan(config: Config) -> None:
         ["stage", *roles, "sum"],
         rows,
     )
-    CONSOLE.print(
-        "  too much? lower the stage's microbatch_size, rl.rollout_batch_size, evaluation.batch_size or "
-        "model.max_length" + ("" if config.model.lora.enabled else "; or model.lora.enabled=true"),
-        highlight=False,
-    )
+    CONSOLE.print(f"  too much? {_remedy(config)}", highlight=False)
+
+
+def announce_memory(config: Config, free: float | None) -> None:
+    """Say before anything is loaded what the run will need at most, and what to change where that is not there.
+
+    Args:
+        config: of the run.
+        free: bytes that are free where it will run; None: not known.
+    """
+    shape = shape_of(config.model)
+    if shape is None:
+        return
+    needed = {name: sum(parts.values()) for name, parts in memory_estimate(config, shape).items()}
+    stage = max(needed, key=lambda name: needed[name])
+    log.info(
+        "memory: at most about %.1f GiB (stage %s, longest possible sequences); dry_run=true shows what takes it",
+        needed[stage] / GIB, stage,
+    )  # fmt: skip
+    if free is not None and needed[stage] > free:
+        log.warning("memory: only %.1f GiB are free, so it may not fit; %s", free / GIB, _remedy(config))
+
+
+def _remedy(config: Config) -> str:
+    """Return what to change when memory is short."""
+    remedy = "lower the stage's microbatch_size, rl.rollout_batch_size, evaluation.batch_size or model.max_length"
+    if not config.model.lora.enabled:
+        return f"{remedy}; or model.lora.enabled=true"
+    return remedy if config.model.quantization != "none" else f"{remedy}; or model.quantization=nf4"
 
 
 def _labels_of_the_reward_stage(config: Config) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from trlhf.errors import UserError
 from trlhf.models import first_line, load_causal_lm, lora_config, model_path
@@ -122,13 +120,14 @@ class SharedBase:
         Raises:
             UserError: there is no readable adapter.
         """
+        device = str(self.model.device)
         try:
             if self._peft is None:
                 from peft import PeftModel
 
-                self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+                self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name, torch_device=device)
             else:
-                self._peft.load_adapter(str(folder), adapter_name=name, torch_device=str(self.model.device))
+                self._peft.load_adapter(str(folder), adapter_name=name, torch_device=device)
         except Exception as error:  # peft, safetensors and json each raise kinds of their own
             raise UserError(
                 f"adapter {folder}: cannot be read ({first_line(error)}); delete the folder of the stage that wrote it "
@@ -226,6 +225,25 @@ def load_sft(path: Path, config: ModelConfig, device: str) -> Role:
     return SharedBase(base, config, start=path.parent / "adapter").role(SFT_ADAPTER)
 
 
+def shared_base(sft: Path, config: ModelConfig, device: str) -> SharedBase:
+    """Load the SFT model as the base that the roles share."""
+    start = load_sft(sft, config, device)
+    return start.base or SharedBase(start.model, config)
+
+
+def reward_role(base: SharedBase, reward: Path, backbone: str) -> Role | None:
+    """Return who plays the reward model's backbone on a shared base; None where it is a model of its own.
+
+    Args:
+        base: see `shared_base`.
+        reward: folder of the reward stage.
+        backbone: as for `load_roles`.
+    """
+    if backbone == "adapter":
+        return base.load("reward", reward / "adapter")
+    return base.role(base.start) if backbone == "sft" else None
+
+
 def load_roles(config: Config, sft: Path, reward: Path, backbone: str, device: str) -> Roles:
     """Load everything that the rl stage trains or asks, with as few copies of the base as can be.
 
@@ -251,74 +269,8 @@ def load_roles(config: Config, sft: Path, reward: Path, backbone: str, device: s
         value = Role(load_causal_lm(reward / "model", exact, device)) if critic else None
         shared = backbone == "sft" and config.model.dtype == "float32"
         return Roles(policy, reference, value, reference if shared else None)
-    start = load_sft(sft, config.model, device)
-    base = start.base or SharedBase(start.model, config.model)
-    scorer = {"sft": base.role(base.start), "own": None}.get(backbone)
-    if backbone == "adapter":
-        scorer = base.load("reward", reward / "adapter")
+    base = shared_base(sft, config.model, device)
+    scorer = reward_role(base, reward, backbone)
     like = "reward" if backbone == "adapter" else None
     value = base.add("value", config.seed, like) if critic else None
     return Roles(base.add("policy", config.seed), base.role(base.start), value, scorer)
-
-
-def merged_state(model: PreTrainedModel, dtype: torch.dtype, adapter: str | None = None) -> dict[str, Tensor]:
-    """Return every weight as a plain model has it, one adapter merged in, on the CPU; the model stays as it is.
-
-    W + (α/r)·BA for adapted layers, computed in float32 and rounded once; quantised weights are dequantised first.
-    Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685.
-    """
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
-
-    state: dict[str, Tensor] = {}
-    inside: tuple[str, ...] = ()
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if inside and name.startswith(inside):
-                continue
-            prefix = f"{name}." if name else ""
-            layer: Any = module
-            adapted = isinstance(module, LoraLayer)
-            if adapted:
-                inside = (*inside, prefix)
-                layer = layer.get_base_layer()
-            for key, value in (*layer.named_parameters(recurse=False), *_saved_buffers(layer)):
-                whole = dequantize_module_weight(layer) if hasattr(value, "quant_state") else value
-                if adapted and key == "weight" and adapter is not None:
-                    whole = whole.float() + cast("Any", module).get_delta_weight(adapter).float()
-                state[prefix + key] = whole.detach().to(dtype).cpu().contiguous()
-    return state
-
-
-def _saved_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, value in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield name, value
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str, adapter: str | None = None
-) -> None:
-    """Save a model that plain transformers loads, with tokenizer, chat template and greedy generation config.
-
-    Args:
-        model: a causal language model; its adapters stay in memory as they are.
-        tokenizer: with its chat template.
-        directory: exists and is empty.
-        dtype: of the saved weights.
-        adapter: to merge into what is saved; None: the base alone.
-    """
-    kind = getattr(torch, dtype)
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.use_cache = True
-    with torch.device("meta"):
-        plain: Any = type(model)(config).to(kind)  # its type is what its config.json will say
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    plain.generation_config = GenerationConfig(do_sample=False, **ids)
-    state = merged_state(model, kind, adapter)
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    plain.save_pretrained(directory, state_dict=state)
-    tokenizer.save_pretrained(directory)

@@ -356,13 +356,17 @@ def test_the_7b_recipe_runs_with_the_embedded_base(copied: Callable[[str], Path]
     assert not (directory / "sft" / "adapter").exists()
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_adapters_all_the_way(tmp_path: Path, quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "finetune"),
+    [("none", "float32", "lora"), ("nf4", "float32", "lora"), ("nf4", "bfloat16", "frozen")],
+)
+def test_adapters_all_the_way(tmp_path: Path, quantization: str, dtype: str, finetune: str) -> None:
     """Four roles on one base, which is quantised or not: policy, reference, reward model and value."""
     lora = ["model.lora.enabled=true", "model.lora.r=4", "model.lora.alpha=8", f"model.quantization={quantization}"]
-    run(tmp_path / "run", *SIZES, *lora, "reward.finetune=lora", "reward.epochs=1", "rl.advantage=gae")
+    lora += [f"model.dtype={dtype}", f"reward.finetune={finetune}"]
+    run(tmp_path / "run", *SIZES, *lora, "reward.epochs=1", "rl.advantage=gae")
     check_contract(tmp_path / "run", {"sft": 6, "rl": 2})
-    for stage in ("sft", "reward"):
+    for stage in ("sft", "reward") if finetune == "lora" else ("sft",):
         assert (tmp_path / "run" / stage / "adapter" / "adapter_model.safetensors").exists()
     for stage in ("sft", "rl"):
         check_model(tmp_path / "run" / stage / "model")

@@ -404,11 +404,6 @@ def test_a_policy_beyond_its_bound_stops_and_the_last_good_one_is_saved(
     assert news_of("rl", metrics)["rl"]["stopped"] == metrics["stopped"]
 
 
-def test_where_no_good_checkpoint_is_left_it_says_so(train: Train) -> None:
-    metrics, saved = train(steps([0.5] * 8, [1, 1, 1, 60, 70, 1, 1, 1]), right=[4] * 4, save_total_limit=1, held_out=[])
-    assert saved == 5 and metrics["stopped"].endswith("the last one, of step 5: no earlier one is left")
-
-
 def test_an_over_optimised_run_ends_with_the_policy_of_its_best_round(train: Train, tmp_path: Path) -> None:
     metrics, saved = train([*FINE, *FINE[-2:]], right=[4, 8, 4, 4, 4])
     assert metrics["steps"] == 8 and metrics["rounds"] == 4 and saved == 4

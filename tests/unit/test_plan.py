@@ -126,6 +126,23 @@ def test_a_plan_without_known_sizes_says_so(capsys: pytest.CaptureFixture[str]) 
     assert "stages: sft; seed 0" in printed
 
 
+def test_a_run_says_what_it_needs_and_what_to_change(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        plan.announce_memory(one("experiment=cerebrum-7b", "stage=rl"), None)
+    needed = sum(memory_estimate(one("experiment=cerebrum-7b", "stage=rl"), MISTRAL_7B)["rl"].values()) / GIB
+    assert caplog.messages == [
+        f"memory: at most about {needed:.1f} GiB (stage rl, longest possible sequences); "
+        "dry_run=true shows what takes it"
+    ]
+    caplog.clear()
+    plan.announce_memory(one("experiment=cerebrum-7b", "stage=rl"), 8 * GIB)
+    assert caplog.messages[-1].startswith("memory: only 8.0 GiB are free, so it may not fit; lower the stage's micro")
+    assert caplog.messages[-1].endswith("; or model.quantization=nf4")
+    caplog.clear()
+    plan.announce_memory(one("model.name=someone/some-model"), 1.0)
+    assert caplog.messages == []
+
+
 def test_the_plan_needs_no_torch() -> None:
     code = "import sys, trlhf; trlhf.run(['dry_run=true']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

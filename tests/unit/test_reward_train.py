@@ -154,6 +154,16 @@ def test_training_that_only_hurts_is_undone(tiny_model_dir: Path) -> None:
     torch.testing.assert_close(model.logits([prompt(0)], ["good"]), frozen)
 
 
+def test_gradients_that_are_not_finite_stop_the_reward_model_too(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = marked(20)
+    model = RewardModel.from_backbone(tiny_model_dir, ModelConfig(), heads=2)
+    monkeypatch.setattr(finetuning.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(UserError, match=r"not finite 3 steps in a row; lower reward\.learning_rate=0\.0002"):
+        fit(model, labels.responses, labels.pairs, FitSettings("full", 1.0, batch_size=4, microbatch_size=4))
+
+
 def test_a_split_never_cuts_a_prompt_in_two() -> None:
     labels = marked(40)
     training, held = split_by_prompt(labels, 0.25, seed=0)

@@ -365,8 +365,9 @@ def test_gradients_that_are_not_finite_stop_the_run_the_third_time(toy: Callable
         trial.policy.model.norm.weight[0] = math.nan
     before = trial.weights().nan_to_num()
     for _ in range(2):
-        trial.update(groups)
+        metrics = trial.update(groups)
         assert torch.equal(trial.weights().nan_to_num(), before)  # such a step is skipped
+        assert metrics["skipped_steps"] == 1  # and counted
     with pytest.raises(
         UserError, match=r"rl: the gradient was not finite 3 steps in a row; lower rl\.learning_rate=0.005"
     ):
@@ -378,7 +379,7 @@ def test_a_finite_gradient_forgives_the_bad_ones(toy: Callable[..., Toy], config
     trial = toy(config)
     groups = trial.sample(0)
     trial.learner.optimizer.bad_steps = 2
-    trial.update(groups)
+    assert trial.update(groups)["skipped_steps"] == 0
     assert trial.learner.optimizer.bad_steps == 0
 
 

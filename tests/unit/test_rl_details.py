@@ -202,7 +202,7 @@ def noisy(path: Path, tmp_path: Path) -> Path:
     return tmp_path / "noisy"
 
 
-def test_dropout_is_off_in_all_four_models(tiny_model_dir: Path, tmp_path: Path, layout: str) -> None:
+def test_dropout_is_off_in_policy_reference_and_value(tiny_model_dir: Path, tmp_path: Path, layout: str) -> None:
     path = noisy(tiny_model_dir, tmp_path)
     model = ModelConfig(lora=replace(LORA, dropout=0.5, enabled=layout == "adapters"))
     trial = Trial(path, ALGORITHMS["gae"], layout, model)

@@ -17,9 +17,9 @@ import yaml
 
 from trlhf import files
 from trlhf.admission import open_run
-from trlhf.config import Config, RunConfig, build_config
+from trlhf.config import Config, RunConfig, build_config, plain
 from trlhf.errors import UserError
-from trlhf.fingerprint import fingerprint
+from trlhf.fingerprint import differences, fingerprint
 from trlhf.run import RunDirectory
 
 
@@ -320,6 +320,14 @@ REFUSED: list[tuple[str, str, dict[str, object], str]] = [
     ("rl", "all", {"targeting": {"budget": 99}}, r"stage rl \(complete\): targeting\.budget was"),
     ("eval", "eval", {"data": {"test_prompts": 9}}, r"stage eval \(complete\): data\.test_prompts was"),
 ]
+
+
+def test_a_key_that_an_old_run_did_not_know_has_its_default() -> None:
+    now = plain(Config())
+    old = {**now, "model": {key: value for key, value in now["model"].items() if key != "quantization"}}
+    assert differences("rl", ["rl"], old, now) == []
+    changed = {**now, "model": {**now["model"], "quantization": "nf4"}}
+    assert differences("rl", ["rl"], old, changed) == ["model.quantization was 'none', now 'nf4'"]
 
 
 @pytest.mark.parametrize(("stage", "running", "values"), ALLOWED)

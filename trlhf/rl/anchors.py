@@ -85,6 +85,19 @@ def anchor_loss(policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id
     return full_kl_loss(logits, reference_logits, batch.response_mask, denominator)
 
 
+def hold(
+    policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id: int, denominator: float, coef: float, size: int
+) -> float:
+    """Add the gradient of ``coef`` times `anchor_loss`, ``size`` anchors at a time, and return that loss."""
+    total = 0.0
+    for start in range(0, len(anchors), size):
+        with policy.acting():
+            loss = anchor_loss(policy, reference, anchors[start : start + size], pad_id, denominator)
+            (coef * loss).backward()
+        total += float(loss.detach())
+    return total
+
+
 def anchor_tokens(anchors: Sequence[Anchor]) -> float:
     """Return the number of response tokens of some anchors."""
     return float(sum(len(anchor.response_ids) for anchor in anchors))

@@ -131,7 +131,7 @@ def load(stage: StageDirectory, policy: Role, learner: Learner, at_most: int | N
 
 
 def _read(path: Path, policy: Role, learner: Learner) -> Progress:
-    state = torch.load(path, map_location=policy.device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
             parameter.copy_(state["policy"][name])

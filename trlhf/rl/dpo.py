@@ -24,7 +24,7 @@ from trlhf.logprobs import (
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.losses.ppo import kl_estimate
 from trlhf.masks import masked_sum
-from trlhf.rl.anchors import Anchor, anchor_loss, anchor_tokens
+from trlhf.rl.anchors import Anchor, anchor_tokens, hold
 from trlhf.rl.experience import Group, describe
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.roles import Role
@@ -171,9 +171,10 @@ class DpoLearner:
                 counts[name] += value
         held = share(anchors) if config.anchor_coef else []
         if held:
-            loss = anchor_loss(self.policy, self.reference, held, self.pad_id, anchor_tokens(anchors))
-            (config.anchor_coef * loss).backward()
-            counts["anchor_kl"] += float(loss.detach())
+            tokens, size = anchor_tokens(anchors), config.microbatch_size
+            counts["anchor_kl"] += hold(
+                self.policy, self.reference, held, self.pad_id, tokens, config.anchor_coef, size
+            )
         totals = sum_counts(counts)
         totals |= {"grad_norm": self.optimizer.step() or 0.0, "steps": 1.0, "seen": float(len(pairs))}
         for name, value in totals.items():

@@ -59,7 +59,10 @@ class GuardedOptimizer:
         self.bad_steps += 1
         self.skipped += 1
         if self.bad_steps >= MAX_BAD_STEPS:
-            raise UserError(f"rl: the gradient was not finite {MAX_BAD_STEPS} steps in a row; {self.remedy}")
+            raise UserError(
+                f"rl: the gradient was not finite {MAX_BAD_STEPS} steps in a row; {self.remedy}, and delete the folder "
+                "rl of the run first or give another run.dir (the same values would end here again)"
+            )
         return None
 
     def state_dict(self) -> dict[str, Any]:

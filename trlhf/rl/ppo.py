@@ -15,7 +15,7 @@ from trlhf.distributed import share, sum_counts, sum_tensors
 from trlhf.logprobs import can_share_prompts, response_logits, response_logprobs, token_entropy, token_logprobs
 from trlhf.losses.ppo import adapted_kl_coef, kl_estimate, kl_loss, ppo_loss, value_loss
 from trlhf.masks import masked_mean
-from trlhf.rl.anchors import Anchor, anchor_loss, anchor_tokens
+from trlhf.rl.anchors import Anchor, anchor_tokens, hold
 from trlhf.rl.critic import Critic
 from trlhf.rl.experience import Group, describe
 from trlhf.rl.optimizer import GuardedOptimizer
@@ -77,7 +77,7 @@ class PpoLearner:
         experience, measured = self._collect(used)
         metrics |= measured
         sums: defaultdict[str, float] = defaultdict(float)
-        skipped = self.optimizer.skipped
+        skipped = self._skipped()
         per_minibatch = max(1, config.minibatch_size // config.samples_per_prompt)
         for _ in range(config.epochs):
             order = list(experience.groups)
@@ -89,7 +89,7 @@ class PpoLearner:
         if "first_ratio" in sums:
             metrics["first_ratio"] = sums.pop("first_ratio")
         metrics |= {name: value / (steps if name in PER_STEP else tokens) for name, value in sums.items()}
-        metrics["skipped_steps"] = float(self.optimizer.skipped - skipped)
+        metrics["skipped_steps"] = float(self._skipped() - skipped)
         if config.kl_target is not None and not warmup:
             kl = metrics["kl_per_response"]
             self.kl_coef = adapted_kl_coef(
@@ -169,9 +169,10 @@ class PpoLearner:
             self._backward(experience, rows, denominator, counts, warmup)
         held = share(anchors) if config.anchor_coef and not warmup else []
         if held:
-            loss = anchor_loss(self.policy, self.reference, held, self.pad_id, anchor_tokens(anchors))
-            (config.anchor_coef * loss).backward()
-            counts["anchor_kl"] += float(loss.detach())
+            tokens, size = anchor_tokens(anchors), config.microbatch_size
+            counts["anchor_kl"] += hold(
+                self.policy, self.reference, held, self.pad_id, tokens, config.anchor_coef, size
+            )
         counts = defaultdict(float, sum_counts(counts))
         if not warmup:
             counts["grad_norm"] += self.optimizer.step() or 0.0
@@ -212,6 +213,10 @@ class PpoLearner:
             found |= more | kl | {"loss": float(loss.detach()) * denominator}
         for name, value in found.items():
             counts[name] += value
+
+    def _skipped(self) -> int:
+        """Return how many steps were skipped so far, the critic's included."""
+        return self.optimizer.skipped + (self.critic_optimizer.skipped if self.critic_optimizer is not None else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a continued run needs beside the weights of the policy."""

@@ -9,6 +9,7 @@ from typing import Any
 from trlhf import preemption
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
+from trlhf.merging import save_model
 from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Progress
@@ -19,7 +20,7 @@ from trlhf.rl.health import held_out_accuracies
 from trlhf.rl.monitor import end_early, judge_step
 from trlhf.rl.ppo import PpoLearner
 from trlhf.rl.round import RlInputs, Round, samples_file
-from trlhf.roles import Roles, save_model
+from trlhf.roles import Roles
 from trlhf.run import StageDirectory
 from trlhf.seeding import python_rng
 
