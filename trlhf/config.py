@@ -157,7 +157,7 @@ class RlConfig:
         2, low=2, remedy="the newest may be beyond rl.max_kl"
     )  # checkpoints kept, beside that of the best round
     max_kl: float | None = setting(50.0, above=0)  # nats per response to the reference, k1; beyond it the run stops
-    held_out_patience: int = setting(2, low=0)  # rounds in a row with reward up, held-out accuracy down; 0: never stop
+    held_out_patience: int = setting(2, low=0)  # rounds with reward up, held-out accuracy down; 0: hold out none
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ class Round:
     @cached_property
     def held_out(self) -> list[Prompt]:
         """Prompts that show, at the end of every round, what training does where it never looked."""
+        if not self.config.rl.held_out_patience:
+            return []  # nobody would look: learn from all
         return held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
 
     @cached_property
