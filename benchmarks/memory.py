@@ -27,7 +27,7 @@ MARK = 1.4  # PPO with adapters over training the base alone
 RL = ["rl=ppo", "rl.advantage=gae", "rl.rounds=1", "rl.steps_per_round=2", "rl.value_warmup_steps=1"]
 ADAPTERS = ["model.lora.enabled=true", "reward.finetune=lora"]
 COPIES = ["reward.finetune=full"]
-MICROBATCHES = {"default": [], "16": ["rl.microbatch_size=16", "rl.rollout_batch_size=64"]}
+MICROBATCHES = {"default": [], "16": ["rl.microbatch_size=16"]}
 SETTINGS = {
     "embedded": [],
     "larger": [
