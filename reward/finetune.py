@@ -16,9 +16,9 @@ from trlhf.config import ModelConfig
 from trlhf.distributed import share, sum_counts, sum_gradients
 from trlhf.errors import UserError
 from trlhf.reward.features import FeatureStore, Pooled, Sample, collate
-from trlhf.reward.model import REWARD_ADAPTER, RewardModel
+from trlhf.reward.model import RewardModel
 from trlhf.reward.table import LabelTable
-from trlhf.roles import Role, SharedBase
+from trlhf.roles import REWARD_ADAPTER, Role, SharedBase
 from trlhf.seeding import torch_generator
 
 Log = Callable[[int, dict[str, float]], None]

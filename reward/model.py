@@ -20,12 +20,11 @@ from trlhf.merging import save_model
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
-from trlhf.roles import Role, load_sft
+from trlhf.roles import REWARD_ADAPTER, Role, load_sft
 from trlhf.types import Prompt, Score
 
 FORMAT = 2
 BACKBONE, ADAPTER, HEADS, SETTINGS = "model", "adapter", "heads.safetensors", "reward.json"
-REWARD_ADAPTER = "reward"
 
 
 @dataclass(frozen=True)

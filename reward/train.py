@@ -61,9 +61,8 @@ def train_reward(
         RuntimeError: the saved model, loaded again, scores differently.
     """
     report, probe = _fit_and_save(Labels(labelled, pairs), config, stage, backbone)
-    check_saved(
-        stage.path, config, probe, backbone
-    )  # the model itself is gone by now: the two need not fit in memory together
+    # The model itself is gone by now: the two need not fit in memory together.
+    check_saved(stage.path, config, probe, backbone)
     stage.complete(report)
     for line in summarise(report):
         logger.info(line)

@@ -45,10 +45,8 @@ class StageCallback(TrainerCallback):
         self._stage = stage
         self._advance: Advance | None = None
         self._open = ExitStack()
-        self._last: tuple[float, float | None] = (
-            0.0,
-            0.0,
-        )  # when the last step was logged; tokens until then, if known
+        # when the last step was logged; tokens until then, if known
+        self._last: tuple[float, float | None] = (0.0, 0.0)
 
     def __enter__(self) -> StageCallback:
         return self

@@ -19,6 +19,7 @@ from trlhf.seeding import derive_seed
 if TYPE_CHECKING:
     from trlhf.config import Config, ModelConfig
 
+REWARD_ADAPTER = "reward"  # in memory; on disk it lies in the reward stage's ``adapter``
 SFT_ADAPTER = "sft"  # of a quantised base: what SFT learned stays an adapter, since merging would be quantised away
 
 
@@ -240,7 +241,7 @@ def reward_role(base: SharedBase, reward: Path, backbone: str) -> Role | None:
         backbone: as for `load_roles`.
     """
     if backbone == "adapter":
-        return base.load("reward", reward / "adapter")
+        return base.load(REWARD_ADAPTER, reward / "adapter")
     return base.role(base.start) if backbone == "sft" else None
 
 
@@ -271,6 +272,6 @@ def load_roles(config: Config, sft: Path, reward: Path, backbone: str, device: s
         return Roles(policy, reference, value, reference if shared else None)
     base = shared_base(sft, config.model, device)
     scorer = reward_role(base, reward, backbone)
-    like = "reward" if backbone == "adapter" else None
+    like = REWARD_ADAPTER if backbone == "adapter" else None
     value = base.add("value", config.seed, like) if critic else None
     return Roles(base.add("policy", config.seed), base.role(base.start), value, scorer)

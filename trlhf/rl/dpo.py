@@ -25,7 +25,7 @@ from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.losses.ppo import kl_estimate
 from trlhf.masks import masked_sum
 from trlhf.rl.anchors import Anchor, anchor_tokens, hold
-from trlhf.rl.experience import Group, describe
+from trlhf.rl.experience import Group, describe, sampler_logprobs
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.roles import Role
 
@@ -144,12 +144,10 @@ class DpoLearner:
             entropy = token_entropy(logits, config.temperature)
             with self.reference.acting() as model:
                 reference = response_logprobs(model, batch, config.temperature)
-            sampled = torch.zeros(mask.shape)
-            for i, rollout in enumerate(rollouts):
-                sampled[i, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+            sampled = sampler_logprobs(rollouts, mask)
             sums["entropy"] += float(masked_sum(entropy, mask))
             sums["kl_per_response"] += float(masked_sum(kl_estimate(own, reference, "k1"), mask))
-            sums["sampler_mismatch"] += float(masked_sum(kl_estimate(sampled.to(mask.device), own, "k3"), mask))
+            sums["sampler_mismatch"] += float(masked_sum(kl_estimate(sampled, own, "k3"), mask))
             sums["tokens"] += float(mask.sum())
         totals = sum_counts(sums)
         tokens = max(1.0, totals.pop("tokens"))

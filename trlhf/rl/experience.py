@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import expit
+from torch import Tensor
 
 from trlhf.config import RlConfig
 from trlhf.knowledge import Knowledge
@@ -110,6 +112,14 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
         "truncated": float(np.mean([not rollout.finished for rollout in rollouts])),
         "response_tokens": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
     }
+
+
+def sampler_logprobs(rollouts: Iterable[Rollout], like: Tensor) -> Tensor:
+    """Return the sampler's own log-probabilities of B responses, [B R], 0 behind their ends, where ``like`` is."""
+    padded = torch.zeros(like.shape)
+    for i, rollout in enumerate(rollouts):
+        padded[i, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+    return padded.to(like.device)
 
 
 def _known(prompt: Prompt, rollout: Rollout, knowledge: Knowledge) -> bool | None:

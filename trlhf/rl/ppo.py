@@ -17,7 +17,7 @@ from trlhf.losses.ppo import adapted_kl_coef, kl_estimate, kl_loss, ppo_loss, va
 from trlhf.masks import masked_mean
 from trlhf.rl.anchors import Anchor, anchor_tokens, hold
 from trlhf.rl.critic import Critic
-from trlhf.rl.experience import Group, describe
+from trlhf.rl.experience import Group, describe, sampler_logprobs
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.rl.rollout_batch import Experience, blank_experience
 from trlhf.roles import Role
@@ -145,10 +145,8 @@ class PpoLearner:
     def _sampler_mismatch(self, experience: Experience, groups: Sequence[Group]) -> float:
         """Compare the sampler's log-probabilities with the training model's: KL(sampler ‖ policy), k3, per token."""
         mask = experience.mask
-        padded = torch.zeros(mask.shape)
-        for i, row in enumerate(rollout.logprobs for group in groups for rollout in group.rollouts):
-            padded[i, : len(row)] = torch.tensor(row)
-        return float(masked_mean(kl_estimate(padded.to(mask.device), experience.old_logprobs, "k3"), mask))
+        sampled = sampler_logprobs((rollout for group in groups for rollout in group.rollouts), mask)
+        return float(masked_mean(kl_estimate(sampled, experience.old_logprobs, "k3"), mask))
 
     def _step(
         self,
