@@ -122,7 +122,7 @@ class RlConfig:
     rollout_batch_size: int = setting(128, low=1)  # responses decoded together (whole prompts); the reward stage's too
     epochs: int = setting(2, low=1)  # passes over each rollout batch
     minibatch_size: int = setting(64, low=1)  # responses per step; PPO: whole prompts, all their samples
-    microbatch_size: int = setting(64, low=1)  # responses per forward pass
+    microbatch_size: int = setting(16, low=1)  # responses per forward pass; memory grows with it
     learning_rate: float = setting(3e-4, above=0, below=1)
     warmup_ratio: float = setting(0.125, low=0, below=1)  # share of all rollout batches
     advantage: Literal["gae", "leave_one_out"] = "leave_one_out"
@@ -157,7 +157,7 @@ class RlConfig:
         2, low=2, remedy="the newest may be beyond rl.max_kl"
     )  # checkpoints kept, beside that of the best round
     max_kl: float | None = setting(50.0, above=0)  # nats per response to the reference, k1; beyond it the run stops
-    held_out_patience: int = setting(2, low=0)  # rounds with reward up, held-out accuracy down; 0: hold out none
+    held_out_patience: int = setting(2, low=0)  # rounds with reward up, held-out accuracy down; 0: never stops so
 
 
 @dataclass(frozen=True)

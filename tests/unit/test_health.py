@@ -262,7 +262,7 @@ def test_held_out_prompts_are_sampled_alike_in_every_process(tiny_model_dir: Pat
     def rates(number: int, disturb: int) -> dict[str, float] | None:
         torch.manual_seed(disturb)
         random.seed(disturb)
-        config = Config(rl=RlConfig(max_new_tokens=6, samples_per_prompt=3))
+        config = Config(rl=RlConfig(max_new_tokens=6, samples_per_prompt=3, unverified_share=0.1))
         trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, policy, tokenizer, Progress(round=number))
         trainer.knowledge = Knowledge(LABELS)
         return measure_held_out(trainer)
@@ -346,7 +346,7 @@ def train(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             *cast("Any", (ledger, None, Archive(POOL), None)),
             frozenset(held_out),
         )
-        settings = {"rounds": len(script) // 2, "steps_per_round": 2, "save_steps": 1, **rl}
+        settings = {"rounds": len(script) // 2, "steps_per_round": 2, "save_steps": 1, "unverified_share": 0.1, **rl}
         stage = RunDirectory(tmp_path / name).stage("rl")
         metrics = train_rl(build_config({"rl": settings}), stage, inputs)
         assert stage.metrics() == metrics
@@ -411,6 +411,16 @@ def test_an_over_optimised_run_ends_with_the_policy_of_its_best_round(train: Tra
     assert metrics["held_out_accuracy"] == [0.5, 1.0, 0.5, 0.5]
     _, saved = train([*FINE, *FINE[-2:]], right=[4, 8, 4, 4, 4], held_out_patience=0, name="patient")
     assert saved == 10
+
+
+def test_where_labels_decide_every_reward_no_prompt_is_held_out(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trlhf"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        metrics, saved = train([*FINE, *FINE[-2:]], right=[4, 8, 4, 4, 4], unverified_share=0.0)
+    assert saved == 10 and metrics["held_out_accuracy"] == [None] * 5
+    assert caplog.text.count("held-out accuracy is not measured: labels decide the reward of every exact prompt") == 1
 
 
 @pytest.mark.parametrize("kill", [{"dies_at": n} for n in (1, 3, 4, 6, 8)] + [{"dies_measuring": n} for n in (1, 2, 4)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from trlhf import files
+from trlhf.config import RlConfig
 from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Learner
 from trlhf.rl.health import after_round, after_step, mean
@@ -35,12 +36,16 @@ def judge_step(trainer: Round) -> dict[str, float]:
         log.info("round %d: held-out accuracy %.1f%% (%d prompts)", state.round, 100 * accuracy, len(rates or ()))
         return {"held_out_accuracy": accuracy}
     if state.round == 1:
-        log.info(
-            "held-out accuracy is not measured: the reward stage's labels verify fewer than %d prompts that its model "
-            "never learned from",
-            FEWEST,
-        )
+        log.info("held-out accuracy is not measured: %s", _why_none(rl))
     return {}
+
+
+def _why_none(rl: RlConfig) -> str:
+    if not rl.unverified_share:
+        return "labels decide the reward of every exact prompt"
+    if not rl.held_out_patience:
+        return "rl.held_out_patience=0"
+    return f"the reward stage's labels verify fewer than {FEWEST} prompts that its model never learned from"
 
 
 def measure_held_out(trainer: Round) -> dict[str, float] | None:

@@ -94,9 +94,13 @@ class Round:
 
     @cached_property
     def held_out(self) -> list[Prompt]:
-        """Prompts that show, at the end of every round, what training does where it never looked."""
-        if not self.config.rl.held_out_patience:
-            return []  # nobody would look: learn from all
+        """Prompts that show, at the end of every round, what training does where it never looked.
+
+        None where labels decide every reward of an exact prompt: what is verified cannot be over-optimised, and prompts
+        held out are prompts not learned from.
+        """
+        if not self.config.rl.held_out_patience or not self.config.rl.unverified_share:
+            return []
         return held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
 
     @cached_property
