@@ -15,6 +15,9 @@ from trlhf.models import encode_prompt, encode_response
 from trlhf.types import Message, Prompt
 
 PromptKey = tuple[tuple[str, str], ...]
+FORK_LAYERS = 4
+FLOOR = 1e-3  # nats that every token counts at least, so that a response without any fork has its plain mean
+LOGITS_AT_ONCE = 1024  # positions whose logits are held at once
 BATCH_TOKENS = 8192  # padding included; a CPU is fastest with batches that fit its caches
 
 
@@ -45,7 +48,8 @@ class Pooled:
     """What is kept of the hidden states of B samples.
 
     Attributes:
-        response: means over the response's tokens, of a middle layer and of the last.
+        response: means over the response's tokens, of a middle layer and of the last (2D), then the means at the forks
+            of `FORK_LAYERS` layers (see `pool`).
         prompt: last layer's state at the prompt's last token, before anything of the response was read.
     """
 
@@ -55,6 +59,11 @@ class Pooled:
     def __getitem__(self, rows: Tensor) -> Pooled:
         """Return the given rows."""
         return Pooled(self.response[rows], self.prompt[rows])
+
+    @property
+    def forks(self) -> Float[Tensor, "B F-2D"]:
+        """Return the means at the forks alone."""
+        return self.response[..., 2 * self.prompt.shape[-1] :]
 
 
 class FeatureStore:
@@ -125,33 +134,75 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Bat
     return Batch(ids.to(device), mask.to(device), prompt_lengths.to(device))
 
 
+def fork_layers(layers: int) -> list[int]:
+    """Return which hidden states are pooled at the forks, at most `FORK_LAYERS`: evenly spaced, the last among them.
+
+    Args:
+        layers: of the backbone; hidden state 0 is the embeddings'.
+    """
+    return sorted({max(1, round(layers * k / FORK_LAYERS)) for k in range(1, FORK_LAYERS + 1)})
+
+
+@torch.no_grad()
+def fork_weights(
+    head: Callable[[Tensor], Tensor], last: Float[Tensor, "B T D"], in_response: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Return how much of a *fork* every response token is, summing to 1 over each response.
+
+    A token's weight is the entropy of the prediction that it settled, H(p(· | tokens before)), plus `FLOOR`: nearly all
+    tokens of a chain of thought follow from those before, and the few that do not decide where it goes (Wang et al.
+    2025, sec. 3, https://arxiv.org/abs/2506.01939).
+
+    Args:
+        head: from hidden states to logits.
+        last: states of the last layer, after its norm.
+        in_response: True at the response's tokens; never at position 0.
+    """
+    rows, positions = in_response.nonzero(as_tuple=True)
+    entropy = torch.zeros(in_response.shape, device=last.device)
+    for part in torch.arange(len(rows), device=last.device).split(LOGITS_AT_ONCE):
+        logprobs = torch.log_softmax(head(last[rows[part], positions[part] - 1]).float(), -1)
+        entropy[rows[part], positions[part]] = -(logprobs.exp() * logprobs).sum(-1)
+    weights = (entropy + FLOOR) * in_response
+    return weights / weights.sum(1, keepdim=True)
+
+
 def pool(
-    middle: Float[Tensor, "B T D"],
+    states: Sequence[Float[Tensor, "B T D"]],
     last: Float[Tensor, "B T D"],
+    head: Callable[[Tensor], Tensor],
     attention_mask: Bool[Tensor, "B T"],
     prompt_lengths: Int[Tensor, " B"],
 ) -> Pooled:
     """Pool hidden states in float32; what stands at padded positions does not matter.
 
-    Means over the response's tokens (EOS counts), of a middle layer and of the last. The state at the last token
-    told right from wrong *within* prompts less well on the embedded world: AUC 0.6, beside the mean 0.65, against 0.7
-    by these means, from 48 prompts with 8 verdicts each.
+    - Means over the response's tokens (EOS counts), of the middle layer and of the last. The state at the last token
+      told right from wrong *within* prompts less well on the embedded world: AUC 0.6, beside the mean 0.65, against 0.7
+      by these means, from 48 prompts with 8 verdicts each.
+    - Means weighted by `fork_weights`, of `fork_layers`: the states right after the tokens where a response could have
+      gone elsewhere. They tell which of two answers to a prompt is right far better: on the embedded world, from 128
+      verdicts on one answer each, in 80% of the prompts on which samples disagree, against 58% by the means above.
 
     Args:
-        middle: states of the middle layer.
-        last: states of the last layer.
+        states: of the embeddings and of every layer.
+        last: states of the last layer, after its norm.
+        head: from these to logits.
         attention_mask: True at real tokens.
         prompt_lengths: tokens of each prompt.
 
     Returns:
-        ``response`` of size 2D, ``prompt`` of size D.
+        ``response`` of size 2D + D for each fork layer, ``prompt`` of size D.
     """
     rows = torch.arange(last.shape[0], device=last.device)
     positions = torch.arange(last.shape[1], device=last.device)[None, :]
-    in_response = (attention_mask & (positions >= prompt_lengths[:, None]))[:, :, None]
-    hidden = torch.cat([middle, last], dim=2).float()
-    mean = torch.where(in_response, hidden, 0.0).sum(dim=1) / in_response.sum(dim=1)
-    return Pooled(mean, last[rows, prompt_lengths - 1].float())
+    in_response = attention_mask & (positions >= prompt_lengths[:, None])
+    hidden = torch.cat([states[len(states) // 2], last], dim=2).float()
+    mean = torch.where(in_response[:, :, None], hidden, 0.0).sum(dim=1) / in_response.sum(dim=1)[:, None]
+    weights = fork_weights(head, last, in_response)[:, :, None]
+    top = len(states) - 1
+    layers = [last if n == top else states[n] for n in fork_layers(top)]
+    forks = [(torch.where(in_response[:, :, None], layer.float(), 0.0) * weights).sum(1) for layer in layers]
+    return Pooled(torch.cat([mean, *forks], dim=1), last[rows, prompt_lengths - 1].float())
 
 
 def pool_all(

@@ -18,12 +18,12 @@ from trlhf.config import ModelConfig
 from trlhf.errors import UserError
 from trlhf.merging import save_model
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
-from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, pool, pool_all
+from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, fork_layers, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.roles import REWARD_ADAPTER, Role, load_sft
 from trlhf.types import Prompt, Score
 
-FORMAT = 2
+FORMAT = 3
 BACKBONE, ADAPTER, HEADS, SETTINGS = "model", "adapter", "heads.safetensors", "reward.json"
 
 
@@ -48,7 +48,8 @@ class RewardModel(nn.Module):
     forward pass reads right-padded tokens and returns the raw f of every head.
 
     Args:
-        role: a causal language model, or a shared base with or without an adapter; its language-model head is not used.
+        role: a causal language model, or a shared base with or without an adapter; its language-model head tells where
+            responses fork.
         tokenizer: its tokenizer, with the chat template that the responses were sampled under.
         heads: see :class:`EnsembleHeads`.
         max_length: tokens of prompt and response together.
@@ -85,7 +86,8 @@ class RewardModel(nn.Module):
         role = load_sft(Path(path), config, device)
         tokenizer = load_tokenizer(path, pad_token=config.pad_token)
         size = int(role.model.config.hidden_size)
-        fresh = EnsembleHeads(2 * size, size, heads, prior_scale, seed).to(device)
+        pooled = 2 + len(fork_layers(int(role.model.config.num_hidden_layers)))
+        fresh = EnsembleHeads(pooled * size, size, heads, prior_scale, seed).to(device)
         return cls(role, tokenizer, fresh, config.max_length)
 
     @property
@@ -107,8 +109,10 @@ class RewardModel(nn.Module):
                 output_hidden_states=True,
                 use_cache=False,
             )
-        states = output.hidden_states  # the embeddings, then every layer; the last one after the final norm
-        return pool(states[len(states) // 2], output.last_hidden_state, batch.attention_mask, batch.prompt_lengths)
+            head = backbone.get_output_embeddings()
+            return pool(
+                output.hidden_states, output.last_hidden_state, head, batch.attention_mask, batch.prompt_lengths
+            )
 
     def forward(
         self,

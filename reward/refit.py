@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
 from trlhf.config import Config
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.models import choose_device
@@ -17,6 +21,7 @@ from trlhf.reward.split import Labels, read_split, split_by_prompt
 from trlhf.reward.table import tabulate
 from trlhf.reward.train import usable
 from trlhf.roles import Role
+from trlhf.types import Prompt
 
 
 class Refitter:
@@ -51,6 +56,19 @@ class Refitter:
             fit(model, training.responses, training.pairs, replace(fit_settings(self.config), finetune="frozen"))
             calibrate(model, held.responses, held.pairs)
         return model
+
+    def forks(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Float[ndarray, "N F"]:
+        """Return what the backbone's states are where responses fork (see `trlhf.reward.features.pool`).
+
+        Raises:
+            UserError: a prompt and its response are longer than ``model.max_length`` together.
+        """
+        model = self._load()
+        samples = model.encode(prompts, responses)
+        distinct = list(dict.fromkeys(samples))
+        place = {sample: n for n, sample in enumerate(distinct)}
+        pooled = model.pool_samples(distinct).forks.double().numpy()
+        return np.asarray(pooled[[place[sample] for sample in samples]])
 
     def _load(self) -> RewardModel:
         if self._model is None:

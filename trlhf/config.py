@@ -14,6 +14,17 @@ from trlhf.errors import ConfigError
 from trlhf.schema import build, setting
 
 Stage = Literal["all", "sft", "reward", "rl", "eval"]
+Acquisition = Literal[
+    "uniform",
+    "frontier",
+    "v_optimal",
+    "d_optimal",
+    "max_entropy",
+    "double_thompson",
+    "apl",
+    "least_agreed",
+    "scrambled",
+]
 MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -150,6 +161,7 @@ class RlConfig:
     nll_coef: float = setting(1.0, low=0)  # DPO: length-normalised NLL of the chosen (https://arxiv.org/abs/2404.19733)
     pairs_per_step: int = setting(32, low=1)  # DPO
     pairs_per_prompt: int = setting(4, low=1)  # DPO: at most so many from one prompt's samples
+    unverified_reward: Literal["reward_model", "majority", "random"] = "reward_model"  # who decides those
     max_grad_norm: float = setting(1.0, above=0)
     adam_eps: float = setting(1e-5, above=0)  # "The N Implementation Details of RLHF with PPO", detail 6
     save_steps: int = setting(4, low=1)  # rollout batches between checkpoints
@@ -162,15 +174,21 @@ class RlConfig:
 
 @dataclass(frozen=True)
 class TargetingConfig:
-    """Which prompts, and which labels."""
+    """Which prompts, and which labels. ``docs/targeting.md`` says what each choice does and what it was measured to."""
 
-    strategy: Literal["uniform", "frontier"] = "frontier"
+    acquisition: Acquisition = "frontier"  # which questions are asked
+    update: Literal["plain", "frontier", "targeted"] = "frontier"  # which prompts are trained on, and how far trusted
+    label_prompts: Literal["pool", "frontier"] = "pool"  # that questions may be about; frontier: samples disagree
+    gate: bool = True  # ask nothing about repetitive or outlying responses
     budget: int = setting(
-        250, low=1, remedy="without labels nothing can be learned; give the number of labels you can pay for"
+        250, low=0, remedy="give the number of labels you can pay for"
     )  # labels in the whole run, the reward stage's included
     samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
     candidates: int = setting(128, low=1)  # pool prompts sampled per round
     preference_share: float = setting(0.2, low=0, high=1)  # of the labels, where the pool has open prompts
+    uniform_share: float = setting(0.25, low=0, high=1)  # of each round's verdicts: at random, to test the uncertainty
+    repeat_share: float = setting(0.05, low=0, high=1)  # of each round's labels: asked again, to measure the noise
+    least_trust: float = setting(0.3, low=0, below=1)  # unverified prompts are trained on from this trust on
 
 
 @dataclass(frozen=True)

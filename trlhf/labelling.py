@@ -86,6 +86,14 @@ class Archive:
         kept = self._samples.setdefault(prompt_id, {}).setdefault(number, {})
         kept[text] = (answer, kept.get(text, (answer, 0))[1] + count)
 
+    def sampled(self, prompt_id: str) -> list[dict[str, tuple[str, int]]]:
+        """Return for each round the texts with an answer that were sampled for a prompt, with it and how often."""
+        rounds = self._samples.get(prompt_id, {})
+        return [
+            {text: (answer, count) for text, (answer, count) in rounds[number].items() if answer is not None}
+            for number in sorted(rounds)
+        ]
+
     def _all_samples(self, prompt_id: str) -> dict[str, str | None]:
         """Return each text that was sampled for a prompt in any round, with its answer."""
         rounds = self._samples.get(prompt_id, {}).values()

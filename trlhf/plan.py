@@ -150,7 +150,7 @@ def print_plan(config: Config) -> None:
         f"data: {config.data.name}; at most {config.data.sft_prompts or 'all'} demonstrations, "
         f"{config.data.pool_prompts or 'all'} pool prompts, {config.data.test_prompts or 'all'} test prompts",
         f"labels: {config.targeting.budget} at most, {_labels_of_the_reward_stage(config)}; "
-        f"labeler {config.labeler.name}; targeting {config.targeting.strategy}",
+        f"labeler {config.labeler.name}; labels by {config.targeting.acquisition}, update {config.targeting.update}",
         f"rl: {rl.algorithm}, {rl.rounds} rounds of {rl.steps_per_round} steps, "
         f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step",
     ):

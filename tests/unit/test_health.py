@@ -21,6 +21,7 @@ from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive
 from trlhf.models import load_causal_lm
 from trlhf.rl import checkpoint
+from trlhf.rl.buy import more_plain, sample_candidates
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.health import (
     Health,
@@ -230,7 +231,7 @@ def test_nothing_of_the_stage_touches_held_out_prompts(tmp_path: Path, monkeypat
         sampled.extend(p.id for p in prompts)
         return [[Rollout(p.id, "", (1,), (0.0,), True, "5")] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.round.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.buy.sample_responses", sample)
     ledger = SimpleNamespace(labels=lambda: [*LABELS, verdict("plain0")])
     inputs = RlInputs(
         pool, tmp_path, *cast("Any", (None, ledger, None, Archive(pool), lambda *_: None)), frozenset(held)
@@ -239,7 +240,7 @@ def test_nothing_of_the_stage_touches_held_out_prompts(tmp_path: Path, monkeypat
     trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, FakeRole(), cast("Any", None), Progress())
     trainer.prepare()
     seen = {p.id for p in [*trainer.exact, *trainer.unverified, *trainer.open]}
-    seen |= {c.prompt.id for c in [*trainer._candidates(Knowledge()), *trainer._more_plain(())]}
+    seen |= {c.prompt.id for c in [*sample_candidates(trainer, Knowledge()), *more_plain(trainer, ())]}
     assert {p.id for p in trainer.held_out} == set(held)
     assert seen == {p.id for p in pool} - set(held) and set(sampled).isdisjoint(held)
 
@@ -313,7 +314,7 @@ def train(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def prepare(self: Round) -> None:
         self.knowledge = Knowledge(LABELS)
 
-    monkeypatch.setattr(Round, "buy_labels", buy_labels)
+    monkeypatch.setattr("trlhf.rl.train.buy_labels", buy_labels)
     monkeypatch.setattr(Round, "prepare", prepare)
     monkeypatch.setattr(Round, "sample_groups", lambda self: [])
 

@@ -25,7 +25,7 @@ from trlhf.labelers.exact import ExactVerifier
 from trlhf.labelling import Archive, settle_questions
 from trlhf.ledger import Ledger
 from trlhf.models import encode_prompt, load_tokenizer
-from trlhf.rl import checkpoint
+from trlhf.rl import buy, checkpoint
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.round import RlInputs, Round
 from trlhf.roles import Role
@@ -257,6 +257,9 @@ def candidates(shift: int) -> list[Candidate]:
     ]
 
 
+AT_RANDOM = {"acquisition": "uniform", "update": "plain"}
+
+
 class Dies(ExactVerifier):
     def answer(self, questions: Sequence[Question]) -> list[str]:
         raise KeyboardInterrupt
@@ -288,21 +291,21 @@ def test_a_killed_reward_stage_asks_the_same_questions(
 
 
 def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    targeting = {"budget": 6, "strategy": "uniform"}
+    targeting = AT_RANDOM | {"budget": 6}
     config = build_config({"targeting": targeting, "reward": {"labels": 1}, "rl": {"rounds": 2}})
     stage = RunDirectory(tmp_path).stage("rl")
 
-    def buy(shift: int, labeler: ExactVerifier, ledger: Ledger) -> None:
+    def attempt(shift: int, labeler: ExactVerifier, ledger: Ledger) -> None:
         refit: Any = None
         inputs = RlInputs(POOL, tmp_path, NOBODY, ledger, labeler, Archive(POOL), refit)
         trainer = Round(config, stage, inputs, refit, refit, Progress(round=2))
-        monkeypatch.setattr(trainer, "_candidates", lambda _before: candidates(shift))
-        trainer.buy_labels()
+        monkeypatch.setattr(buy, "sample_candidates", lambda *_: candidates(shift))
+        buy.buy_labels(trainer)
 
     with Ledger(tmp_path / "ledger.sqlite", 6) as ledger:
         with pytest.raises(KeyboardInterrupt):
-            buy(3, Dies(GOLD), ledger)
-        buy(4, ExactVerifier(GOLD), ledger)
+            attempt(3, Dies(GOLD), ledger)
+        attempt(4, ExactVerifier(GOLD), ledger)
         assert {label.outcome for label in ledger.labels()} == {"right"} and ledger.spent == 6
     decided = json.loads((stage.path / "round_02.json").read_text())
     assert decided["labels_bought"] == 6 and [q["answer"] for q in decided["questions"]] == [
@@ -313,37 +316,45 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
 def test_a_round_that_is_done_again_knows_no_later_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the checkpoints of the rounds after it cannot be read."""
     config = build_config(
-        {"targeting": {"budget": 8, "strategy": "uniform"}, "reward": {"labels": 1}, "rl": {"rounds": 4}}
+        {
+            "targeting": {"budget": 8, "acquisition": "uniform", "update": "plain"},
+            "reward": {"labels": 1},
+            "rl": {"rounds": 4},
+        }
     )
     stage, refit = RunDirectory(tmp_path).stage("rl"), cast("Any", None)
 
-    def buy(ledger: Ledger, number: int) -> Progress:
+    def play(ledger: Ledger, number: int) -> Progress:
         inputs = RlInputs(POOL, tmp_path, refit, ledger, ExactVerifier(GOLD), Archive(POOL), refit)
         trainer = Round(config, stage, inputs, refit, refit, Progress(round=number))
-        monkeypatch.setattr(trainer, "_candidates", lambda _before: candidates(3))
-        trainer.buy_labels()
+        monkeypatch.setattr(buy, "sample_candidates", lambda *_: candidates(3))
+        buy.buy_labels(trainer)
         return trainer.state
 
     with Ledger(tmp_path / "ledger.sqlite", 8) as ledger:
-        first = buy(ledger, 2)
+        first = play(ledger, 2)
         decided = (stage.path / "round_02.json").read_text()
-        buy(ledger, 3)
-        assert len(ledger.labels()) == 5 and buy(ledger, 2) == first and len(first.pass_rates) == 2
+        play(ledger, 3)
+        assert len(ledger.labels()) == 5 and play(ledger, 2) == first and len(first.pass_rates) == 2
     assert (stage.path / "round_02.json").read_text() == decided and '"budget_left": 6.0' in decided
 
 
 def test_a_stage_made_again_buys_no_more_than_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build_config(
-        {"targeting": {"budget": 4, "strategy": "uniform"}, "reward": {"labels": 1}, "rl": {"rounds": 1}}
+        {
+            "targeting": {"budget": 4, "acquisition": "uniform", "update": "plain"},
+            "reward": {"labels": 1},
+            "rl": {"rounds": 1},
+        }
     )
     with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
         for shift, attempt in ((3, "first"), (5, "again")):  # the folder was deleted; sampling went another way
             stage, refit = RunDirectory(tmp_path / attempt).stage("rl"), cast("Any", None)
             inputs = RlInputs(POOL, tmp_path, NOBODY, ledger, ExactVerifier(GOLD), Archive(POOL), refit)
             trainer = Round(config, stage, inputs, refit, refit, Progress(round=1))
-            monkeypatch.setattr(trainer, "_candidates", lambda _before, shift=shift: candidates(shift))
-            monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
-            trainer.buy_labels()
+            monkeypatch.setattr(buy, "sample_candidates", lambda *_, shift=shift: candidates(shift))
+            monkeypatch.setattr("trlhf.rl.buy.encode_prompt", lambda *_: [1])
+            buy.buy_labels(trainer)
             assert ledger.spent == 4
 
 
@@ -357,14 +368,14 @@ def test_every_plain_prompt_of_the_pool_becomes_an_anchor_once(tmp_path: Path, m
         drawn.extend(prompt.id for prompt in prompts)
         return [[Rollout(prompt.id, "Red.", token_ids=(7,), answer="Red")] for prompt in prompts]
 
-    monkeypatch.setattr("trlhf.rl.round.sample_responses", sample)
-    monkeypatch.setattr("trlhf.rl.round.encode_prompt", lambda *_: [1])
+    monkeypatch.setattr("trlhf.rl.buy.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.buy.encode_prompt", lambda *_: [1])
     with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
         gold = GOLD | {prompt.id: "red" for prompt in plain}
         inputs = RlInputs([*POOL, *plain], tmp_path, NOBODY, ledger, ExactVerifier(gold), Archive(POOL), refit)
         trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, Role(refit), refit, Progress())
         held = Candidate(plain[0], (Rollout(plain[0].id, "Blue.", token_ids=(8,), answer="Blue"),) * 2)
-        monkeypatch.setattr(trainer, "_candidates", lambda _before: [*candidates(3), held])
-        trainer.buy_labels()
+        monkeypatch.setattr(buy, "sample_candidates", lambda *_: [*candidates(3), held])
+        buy.buy_labels(trainer)
     anchored = [anchor.prompt_id for anchor in trainer.state.anchors if anchor.prompt_id.startswith("plain")]
     assert sorted(anchored) == [prompt.id for prompt in plain] and plain[0].id not in drawn

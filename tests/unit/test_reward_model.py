@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from trlhf.config import ModelConfig
 from trlhf.errors import UserError
-from trlhf.reward.features import Pooled, Sample, collate, pool
+from trlhf.reward.features import FLOOR, Pooled, Sample, collate, fork_layers, fork_weights, pool
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.reward.model import Calibration, RewardModel
 from trlhf.reward.solve import choose_spread, fit_heads, pose, solve
@@ -48,9 +49,26 @@ def verdict_table(labels: list[float], groups: list[int] | None = None) -> Label
 def test_pooling_by_hand() -> None:
     hidden = torch.arange(24, dtype=torch.float32).reshape(2, 4, 3)
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    pooled = pool(-hidden, hidden, mask, torch.tensor([1, 3]))
-    assert pooled.response.tolist() == [[-4.5, -5.5, -6.5, 4.5, 5.5, 6.5], [-21, -22, -23, 21, 22, 23]]
+    pooled = pool([0 * hidden, -hidden, hidden], hidden, torch.zeros_like, mask, torch.tensor([1, 3]))
+    means = [[-4.5, -5.5, -6.5, 4.5, 5.5, 6.5], [-21, -22, -23, 21, 22, 23]]
+    assert pooled.response[:, :6].tolist() == means  # every prediction is as open as any other, so forks are means too
+    torch.testing.assert_close(pooled.response[:, 6:], pooled.response[:, :6])
+    torch.testing.assert_close(pooled.forks, pooled.response[:, 6:])
     assert pooled.prompt.tolist() == [[0, 1, 2], [18, 19, 20]]
+
+
+def test_forks_weigh_by_the_entropy_of_the_prediction_before() -> None:
+    last = torch.tensor([[[0.0], [3.0], [7.0], [9.0], [5.0]]])  # states at positions 0 … 4
+    in_response = torch.tensor([[False, True, True, True, False]])
+
+    def head(states: torch.Tensor) -> torch.Tensor:  # an open prediction after state 3, certain ones elsewhere
+        return torch.where(states == 3, 0.0, torch.tensor([0.0, 100.0]))
+
+    weights = fork_weights(head, last, in_response)
+    total = math.log(2) + 3 * FLOOR
+    expected = torch.tensor([[0, FLOOR / total, (math.log(2) + FLOOR) / total, FLOOR / total, 0]])
+    torch.testing.assert_close(weights, expected)
+    assert [fork_layers(n) for n in (1, 2, 4, 32)] == [[1], [1, 2], [1, 2, 3, 4], [8, 16, 24, 32]]
 
 
 def test_what_stands_in_the_padding_does_not_matter(model: RewardModel) -> None:

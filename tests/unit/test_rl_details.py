@@ -180,7 +180,7 @@ def test_the_rates_of_rl_warm_up_and_fall_to_zero_over_the_stage(
             return {}
 
     monkeypatch.setattr(
-        Round, "buy_labels", lambda self: self.stage.write_json(f"round_{self.state.round:02d}.json", {})
+        "trlhf.rl.train.buy_labels", lambda self: self.stage.write_json(f"round_{self.state.round:02d}.json", {})
     )
     monkeypatch.setattr(Round, "prepare", lambda self: None)
     monkeypatch.setattr(Round, "sample_groups", lambda self: [])

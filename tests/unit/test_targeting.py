@@ -103,7 +103,7 @@ def test_pairs_are_of_different_responses_to_open_prompts() -> None:
 
 def test_training_weights_sum_to_one_and_favour_the_frontier() -> None:
     rates = [0.0, 0.5, 1.0, None]
-    assert training_weights(rates, 8, 8, "uniform") == pytest.approx([0.25] * 4)
+    assert training_weights(rates, 8, 8, "plain") == pytest.approx([0.25] * 4)
     weights = training_weights(rates, 8, 8, "frontier")
     assert weights.sum() == pytest.approx(1)
     assert weights[1] == weights[3] > 3 * weights[0] and weights[0] == pytest.approx(weights[2])

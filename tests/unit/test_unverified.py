@@ -24,7 +24,7 @@ def prompts(name: str, count: int) -> list[Prompt]:
 def round_of(share: float, exact: int = 0, open: int = 0, unverified: int = 0) -> Round:
     config = Config(
         rl=RlConfig(prompts_per_step=20, open_share=0.1, unverified_share=share),
-        targeting=TargetingConfig(strategy="uniform"),
+        targeting=TargetingConfig(acquisition="uniform", update="plain"),
     )
     none: Any = None
     one = Round(config, none, none, none, none, Progress())

@@ -15,8 +15,9 @@ def dpo_loss(
     reference_rejected_logprobs: Float[Tensor, " B"],
     denominator: float,
     beta: float = 0.1,
+    weights: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """Compute -Σ log σ(β·[(log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))]) / denominator.
+    """Compute -Σ w·log σ(β·[(log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))]) / denominator.
 
     Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290. At policy = reference it is log 2 a pair.
 
@@ -27,6 +28,7 @@ def dpo_loss(
         reference_rejected_logprobs: of the rejected response under the reference, detached.
         denominator: number of pairs of the whole optimizer step.
         beta: inverse temperature of the implicit reward, > 0.
+        weights: w of each pair, the trust in its order; None: 1.
 
     Returns:
         The loss and sums over pairs: ``chosen_reward``, ``rejected_reward`` (implicit, nats times β), ``correct``.
@@ -39,7 +41,8 @@ def dpo_loss(
             "rejected_reward": float(rejected.sum()),
             "correct": float((chosen > rejected).float().sum()),
         }
-    return -logsigmoid(chosen - rejected).sum() / denominator, metrics
+    losses = -logsigmoid(chosen - rejected)
+    return (losses if weights is None else losses * weights).sum() / denominator, metrics
 
 
 def chosen_nll(

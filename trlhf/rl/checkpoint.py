@@ -46,6 +46,8 @@ class Progress:
         anchors: found in round 1; fewer as labels find some of their answers wrong.
         last: metrics of the last step.
         health: what the rules that stop the stage early remember.
+        outlook: prompt id → what is expected of a prompt that no label decides: its pass rate, and the largest trust in
+            the advantage of one of its samples.
     """
 
     round: int = 1
@@ -55,6 +57,7 @@ class Progress:
     anchors: list[Anchor] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
     health: Health = field(default_factory=new_health)
+    outlook: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def folder_of(stage: StageDirectory, step: int, kind: str = REGULAR) -> Path:

@@ -37,28 +37,31 @@ OPEN_GAP = 0.1  # least difference in P(preferred) for a pair that only the rewa
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with a better and a worse response, as tokens; ``verified`` if labels decided which is which."""
+    """A prompt with a better and a worse response, as tokens.
+
+    ``verified``: labels decided which is which. ``weight``: trust in that, in (0, 1].
+    """
 
     prompt_ids: TokenIds
     chosen_ids: TokenIds
     rejected_ids: TokenIds
     verified: bool
+    weight: float = 1.0
 
 
 def build_pairs(groups: Sequence[Group], per_group: int, rng: random.Random) -> list[Pair]:
     """Pair samples of each mixed group.
 
-    Where labels decide, up to ``per_group`` pairs, each a right sample with the wrong one that parts from it last: what
-    two responses share cancels out of the loss, so that it falls on where they differ. Where only the reward model
-    tells, the top sample with one about two standard deviations below it, not with the worst
+    Where labels or the answer model decide, up to ``per_group`` pairs, each a right sample with the wrong one that
+    parts from it last: what two responses share cancels out of the loss, so that it falls on where they differ. Where
+    only the reward model tells, the top sample with one about two standard deviations below it, not with the worst
     (https://arxiv.org/abs/2502.16825), and only across a gap that means something.
     """
     pairs = []
     for group in groups:
         ids = [rollout.token_ids for rollout in group.rollouts]
-        if all(group.verified):
-            right = [i for i, reward in enumerate(group.rewards) if reward > 0.5]
-            wrong = [i for i, reward in enumerate(group.rewards) if reward <= 0.5]
+        if all(group.verified) or group.trust:
+            right, wrong = _sides(group)
             rng.shuffle(right)
             rng.shuffle(wrong)
             count = min(per_group, max(len(right), len(wrong))) if right and wrong else 0
@@ -67,7 +70,8 @@ def build_pairs(groups: Sequence[Group], per_group: int, rng: random.Random) -> 
                 i = right[n % len(right)]
                 j = min(wrong, key=lambda j: (uses[j], -_common_prefix(ids[i], ids[j])))
                 uses[j] += 1
-                pairs.append(Pair(group.prompt_ids, ids[i], ids[j], True))
+                weight = min(group.weights[i], group.weights[j])
+                pairs.append(Pair(group.prompt_ids, ids[i], ids[j], all(group.verified), weight))
             continue
         rewards = torch.tensor(group.rewards)
         best = int(rewards.argmax())
@@ -76,9 +80,22 @@ def build_pairs(groups: Sequence[Group], per_group: int, rng: random.Random) -> 
         if not others:
             continue
         worse = min(others, key=lambda i: abs(group.rewards[i] - aim))
-        if group.rewards[best] - group.rewards[worse] >= OPEN_GAP:
-            pairs.append(Pair(group.prompt_ids, ids[best], ids[worse], group.verified[best] and group.verified[worse]))
+        weight = min(group.weights[best], group.weights[worse])
+        if group.rewards[best] - group.rewards[worse] >= OPEN_GAP and weight > 0:
+            verified = group.verified[best] and group.verified[worse]
+            pairs.append(Pair(group.prompt_ids, ids[best], ids[worse], verified, weight))
     return pairs
+
+
+def _sides(group: Group) -> tuple[list[int], list[int]]:
+    """Return the samples that are right and those that are wrong: above and below the mean by a gap, and trusted."""
+    if all(group.verified):
+        right = [reward > 0.5 for reward in group.rewards]
+        return [i for i, x in enumerate(right) if x], [i for i, x in enumerate(right) if not x]
+    mean = sum(group.rewards) / len(group.rewards)
+    trusted = [i for i, weight in enumerate(group.weights) if weight > 0]
+    above = [i for i in trusted if group.rewards[i] > mean + OPEN_GAP / 2]
+    return above, [i for i in trusted if group.rewards[i] < mean - OPEN_GAP / 2]
 
 
 def _common_prefix(first: TokenIds, second: TokenIds) -> int:
@@ -189,8 +206,11 @@ class DpoLearner:
         with self.policy.acting() as model:
             policy = (response_logprobs(model, batch) * batch.response_mask).sum(1)
         chosen, rejected = policy[::2], policy[1::2]
-        loss, metrics = dpo_loss(chosen, rejected, reference[::2], reference[1::2], denominator, config.beta)
-        nll = chosen_nll(chosen, batch.response_mask[::2].sum(1).float(), denominator)
+        weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device)
+        loss, metrics = dpo_loss(
+            chosen, rejected, reference[::2], reference[1::2], denominator, config.beta, weights=weights
+        )
+        nll = chosen_nll(chosen * weights, batch.response_mask[::2].sum(1).float(), denominator)
         with torch.no_grad():
             metrics |= {
                 "chosen_logprob": float(chosen.sum()),

@@ -103,6 +103,7 @@ class PpoLearner:
         experience = blank_experience(groups, self.policy.device)
         mask = experience.mask
         scores = torch.tensor([group.rewards for group in groups], device=mask.device)
+        trust = torch.tensor([group.weights for group in groups], device=mask.device).flatten()[:, None]
         entropy = torch.zeros(mask.shape, device=mask.device)
         with torch.no_grad():
             for rows in experience.microbatches(share(experience.groups), config.microbatch_size):
@@ -124,7 +125,7 @@ class PpoLearner:
             per_response = leave_one_out(scores).flatten()
             if config.kl_in == "reward":
                 per_response = leave_one_out(scores - self.kl_coef * (kl * mask).sum(1).view(scores.shape)).flatten()
-            experience.advantages = whiten(per_response[:, None].expand(mask.shape), mask)
+            experience.advantages = whiten(per_response[:, None].expand(mask.shape) * trust, mask)
         else:
             last = mask.sum(1) - 1
             rewards = torch.zeros_like(experience.old_values)
@@ -132,7 +133,7 @@ class PpoLearner:
             if config.kl_in == "reward":
                 rewards = rewards - self.kl_coef * kl * mask
             advantages, experience.returns = gae(rewards, experience.old_values, mask, config.gamma, config.gae_lambda)
-            experience.advantages = whiten(advantages, mask)
+            experience.advantages = whiten(advantages * trust, mask)
         measured = {
             "sampler_mismatch": self._sampler_mismatch(experience, groups),
             "kl_per_response": float((kl * mask).sum(1).mean()),

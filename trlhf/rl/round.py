@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trlhf.config import Config
-from trlhf.console import progress as progress_bar
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
 from trlhf.knowledge import Knowledge
-from trlhf.labelling import Archive, settle_questions
+from trlhf.labelling import Archive
 from trlhf.ledger import Ledger
 from trlhf.models import encode_prompt
-from trlhf.rl.anchors import find_anchors, still_trusted
+from trlhf.rl.anchors import still_trusted
+from trlhf.rl.ask import flip_rate
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.held_out import held_out_prompts
+from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
 from trlhf.roles import Role, Roles
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
-from trlhf.seeding import numpy_rng, python_rng, torch_generator
-from trlhf.targeting import (
-    Candidate,
-    choose_pairs,
-    choose_verdicts,
-    fit_top_answer_model,
-    training_weights,
-)
-from trlhf.types import Labeler, Prompt, Question, Scorer
+from trlhf.seeding import numpy_rng, torch_generator
+from trlhf.targeting import training_weights
+from trlhf.targeting.answers import FLIP_RATE
+from trlhf.types import Label, Labeler, Prompt, Rollout, Scorer
 
 log = logging.getLogger("trlhf")
+NOISY = 0.05  # chance of a wrong verdict from which a verified prompt is no longer taken at its word
 Refit = Callable[[Sequence[LabelledResponse], Sequence[LabelledPair]], Scorer]
 
 
@@ -55,6 +52,8 @@ class RlInputs:
         refit: makes a scorer from labels; called once a round.
         held_out: ids of prompts that the reward model never learned from; the policy will not either where labels
             verify them by now.
+        features: what a backbone that does not change makes of responses, for the answer model.
+        feature_cache: of labelled responses, filled as rounds go by.
     """
 
     pool: Sequence[Prompt]
@@ -65,6 +64,8 @@ class RlInputs:
     archive: Archive
     refit: Refit
     held_out: frozenset[str] = frozenset()
+    features: Features | None = None
+    feature_cache: Cache = field(default_factory=dict)
 
 
 def samples_file(number: int) -> str:
@@ -91,6 +92,8 @@ class Round:
         self.exact: list[Prompt] = []
         self.open: list[Prompt] = []
         self.unverified: list[Prompt] = []
+        self.judge: AnswerJudge | None = None
+        self.flip_rate = FLIP_RATE
 
     @cached_property
     def held_out(self) -> list[Prompt]:
@@ -109,81 +112,24 @@ class Round:
         held_out = {prompt.id for prompt in self.held_out}
         return [prompt for prompt in self.inputs.pool if prompt.id not in held_out]
 
-    def buy_labels(self) -> None:
-        """Sample candidates, choose what to ask, ask, and note what was decided and why."""
-        config, number = self.config, self.state.round
-        self.inputs.ledger.ask(self.inputs.ledger.unanswered(), self.inputs.labeler)  # paid before a kill
-        labels = self.inputs.ledger.labels()
-        before = Knowledge([label for label in labels if label.round < number])
-        candidates = self._candidates(before)
-        if number == 1:
-            held = [*candidates, *self._more_plain({candidate.prompt.id for candidate in candidates})]
-            ids = [encode_prompt(self.tokenizer, candidate.prompt.messages) for candidate in held]
-            self.state.anchors = find_anchors(held, ids)
-        rng = numpy_rng(config.seed, "rl", "choose", number)
-        count = int(self.inputs.ledger.remaining // (config.rl.rounds - number + 1))  # an equal share of what is left
-        pairs_wanted = round(count * config.targeting.preference_share) if self._has_open() else 0
-        coefficients = None
-        if config.targeting.strategy == "frontier":
-            coefficients = fit_top_answer_model(*self._judged_shares([x for x in labels if x.round < number]))
-
-        def choose() -> list[Question]:
-            chosen = choose_pairs(candidates, pairs_wanted, rng, number)
-            chosen += choose_verdicts(
-                candidates, before, count - len(chosen), coefficients, config.rl.samples_per_prompt, rng, number
-            )
-            asked = {question.prompt.id for question in chosen}
-            new = Archive(self.inputs.pool)
-            for candidate in candidates:
-                if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
-                    new.add(candidate.rollouts, number)
-            self.stage.write_jsonl(samples_file(number), new.rows())
-            return chosen
-
-        questions = settle_questions(self.stage, f"round_{number:02d}_questions.jsonl", choose)
-        bought = self.inputs.ledger.ask(questions, self.inputs.labeler)
-        labels = [label for label in self.inputs.ledger.labels() if label.round <= number]  # a replay knows later ones
-        knowledge, spent = Knowledge(labels), sum(label.cost for label in labels)
-        for candidate in candidates:
-            rate = candidate.pass_rate(knowledge) if candidate.prompt.task == "exact" else None
-            if rate is not None:
-                self.state.pass_rates[candidate.prompt.id] = rate
-        right = sum(label.outcome == "right" for label in bought)
-        verdicts = sum(label.kind == "verdict" for label in bought)
-        decided = {
-            "round": number,
-            "candidates": len(candidates),
-            "labels_bought": len(bought),
-            "verdicts": verdicts,
-            "right": right,
-            "preferences": len(bought) - verdicts,
-            "budget_left": max(0.0, self.inputs.ledger.budget - spent),
-            "verifiable_prompts": len(knowledge.verifiable_prompts()),
-            "top_answer_model": None if coefficients is None else coefficients.tolist(),
-            "anchors": len(self.state.anchors),
-            "questions": [{"kind": q.kind, "prompt": q.prompt.id, "answer": q.answer, "why": q.why} for q in questions],
-        }
-        self.stage.write_json(f"round_{number:02d}.json", decided)
-        log.info(
-            "round %d: %d candidates sampled, %d verdicts bought (%d right), %d preferences; "
-            "%d prompts can now be verified, %g labels left",
-            number, len(candidates), verdicts, right, len(bought) - verdicts,
-            len(knowledge.verifiable_prompts()), self.inputs.ledger.remaining,
-        )  # fmt: skip
-
     def prepare(self) -> None:
         """Refit the reward model on all labels so far, and sort the pool into what can be trained on."""
         self.inputs.archive.load(self.stage.path / samples_file(self.state.round))
         labels = [label for label in self.inputs.ledger.labels() if label.round <= self.state.round]
         self.knowledge = Knowledge(labels)
+        if self.config.targeting.update == "targeted":
+            self.judge = self.fit_judge(labels)
         self.state.anchors = still_trusted(self.state.anchors, self.knowledge)
         self.exact = [p for p in self.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None]
         self.unverified = [p for p in self.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is None]
         preferences = any(label.kind == "preference" for label in labels)
         self.open = [p for p in self.inputs.pool if p.task == "open"] if preferences else []
-        if self.config.rl.unverified_share or self.open:
+        unscored = self.config.rl.unverified_share and self.config.rl.unverified_reward == "reward_model"
+        if unscored or self.open:
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
         if self.exact or self.open:
+            return
+        if self.trusted():
             return
         if not (self.unverified and self.config.rl.unverified_share):
             raise UserError(
@@ -207,15 +153,73 @@ class Round:
         with self.policy.acting() as model:
             sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
-        groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl)
+        judged = self._judge(prompts, sampled)
+        groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl, judged)
         for group in groups:
+            name = group.prompt.id
             if all(group.verified) and group.prompt.task == "exact":
-                self.state.pass_rates[group.prompt.id] = float(np.mean([reward > 0.5 for reward in group.rewards]))
+                self.state.pass_rates[name] = float(np.mean([reward > 0.5 for reward in group.rewards]))
+            elif name in judged and self.judge is not None:
+                self.state.outlook[name] = float(np.mean(judged[name].rewards)), max(judged[name].trust)
         return groups
+
+    def _judge(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]]) -> dict[str, Judgement]:
+        """Return rewards and trust of the exact prompts that neither labels nor the reward model decide.
+
+        Under a targeted update that is the answer model's part; where people err often, also on verified prompts. A
+        prompt none of whose advantages reaches ``targeting.least_trust`` is skipped: no trust in any.
+        """
+        config, rng = self.config, numpy_rng(self.config.seed, "rl", "judge", self.state.step)
+        undecided = [
+            i
+            for i, prompt in enumerate(prompts)
+            if prompt.task == "exact"
+            and (self.knowledge.right_answer(prompt.id) is None or (self.judge and self.flip_rate > NOISY))
+        ]
+        if not undecided:
+            return {}
+        asked, samples = [prompts[i] for i in undecided], [sampled[i] for i in undecided]
+        if self.judge is not None:
+            least = config.targeting.least_trust
+            found = self.judge.judge(asked, samples, config.rl.uncertainty_penalty, rng)
+            found = [x if max(x.trust) >= least else Judgement(x.rewards, (0.0,) * len(x.trust)) for x in found]
+        elif config.rl.unverified_reward == "majority":
+            found = [majority(rollouts, self.knowledge) for rollouts in samples]
+        elif config.rl.unverified_reward == "random":
+            found = [Judgement(tuple(rng.random(len(x)).round().tolist()), (1.0,) * len(x)) for x in samples]
+        else:
+            return {}
+        return {prompt.id: judgement for prompt, judgement in zip(asked, found, strict=True)}
+
+    def fit_judge(self, labels: Sequence[Label]) -> AnswerJudge | None:
+        """Fit the answer model to labels; None before any candidates were sampled."""
+        judge = self.new_judge()
+        if judge is None or not judge.load_whitening():
+            return None
+        verdicts = verdicts_of(labels)
+        prompts = [p for p in self.inputs.pool if p.id in verdicts]
+        self.flip_rate = flip_rate(labels)[0]
+        judge.fit(prompts, [self.inputs.archive.sampled(p.id) for p in prompts], verdicts, self.flip_rate)
+        return judge
+
+    def new_judge(self) -> AnswerJudge | None:
+        """Return an answer model that knows nothing yet; None where nothing reads responses for it."""
+        if self.inputs.features is None:
+            return None
+        return AnswerJudge(self.inputs.features, self.stage.path, self.inputs.feature_cache)
+
+    def trusted(self) -> list[Prompt]:
+        """Return the prompts that no label decides and that the answer model is expected to tell something about."""
+        if self.judge is None:
+            return []
+        least, outlook = self.config.targeting.least_trust, self.state.outlook
+        return [p for p in self.unverified if outlook.get(p.id, (0.0, 0.0))[1] >= least]
 
     def _draw_prompts(self, rng: np.random.Generator) -> list[Prompt]:
         rl = self.config.rl
         total = rl.prompts_per_step
+        if self.config.targeting.update == "targeted":
+            return self._draw_targeted(rng)
         unverified = self.unverified if rl.unverified_share else []
         n_open = min(len(self.open), round(total * rl.open_share) if self.exact or unverified else total)
         wanted = min(len(unverified), round(total * rl.unverified_share))
@@ -224,7 +228,7 @@ class Round:
             rates,
             min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt),  # a rate comes from either
             rl.samples_per_prompt,
-            self.config.targeting.strategy,
+            self.config.targeting.update,
         )
         n_exact = min(len(self.exact), max(0, total - n_open - wanted))
         n_unverified = total - n_open - n_exact  # where too few prompts can be verified, more than were asked for
@@ -235,47 +239,32 @@ class Round:
         chosen += [unverified[i] for i in rng.permutation(len(unverified))[:n_unverified]]
         return chosen
 
-    def _candidates(self, before: Knowledge) -> list[Candidate]:
-        """Sample the round's candidates from the current policy: a random part of the pool.
+    def _draw_targeted(self, rng: np.random.Generator) -> list[Prompt]:
+        """Draw prompts in proportion to U, P(mixed group), and of those that no label decides times the trust."""
+        rl, state = self.config.rl, self.state
+        trusted = self.trusted()
+        prompts = [*self.exact, *trusted]
+        n_open = min(len(self.open), round(rl.prompts_per_step * rl.open_share) if prompts else rl.prompts_per_step)
+        rates = [state.pass_rates.get(p.id) for p in self.exact] + [state.outlook[p.id][0] for p in trusted]
+        trust = np.array([1.0] * len(self.exact) + [state.outlook[p.id][1] for p in trusted])
+        samples = min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt)
+        weights = training_weights(rates, samples, rl.samples_per_prompt, "frontier") * trust if prompts else trust
+        count = min(len(prompts), rl.prompts_per_step - n_open)
+        chosen = []
+        if count:
+            picks = rng.choice(len(prompts), count, replace=False, p=weights / weights.sum())
+            chosen = [prompts[i] for i in picks]
+        return chosen + [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
 
-        The frontier strategy takes first the prompts on which an answer was ruled out and none found right: there the
-        policy is known to be wrong, and another verdict can settle what is right.
-        """
-        config, number = self.config, self.state.round
-        rng = python_rng(config.seed, "rl", "candidates", number)
-        pool = self.pool
-        pinned: list[Prompt] = []
-        if config.targeting.strategy == "frontier":
-            pinned = [p for p in pool if before.ruled_out(p.id) and before.right_answer(p.id) is None]
-            pinned = pinned[: config.targeting.candidates // 2]
-        held = {prompt.id for prompt in pinned}
-        others = [prompt for prompt in pool if prompt.id not in held]
-        prompts = pinned + rng.sample(others, min(config.targeting.candidates - len(pinned), len(others)))
-        sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
-        generator = torch_generator(config.seed, "rl", "candidates", number)
-        title = f"round {number}: sampling candidates"
-        with self.policy.acting() as model, progress_bar(title, len(prompts)) as advance:
-            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator, advance)
-        return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
 
-    def _more_plain(self, held: Container[str]) -> list[Candidate]:
-        """Sample once prompts that need no thinking, as anchors: no reward watches over them."""
-        config = self.config
-        prompts = [p for p in self.pool if not p.reasoning and p.id not in held]
-        most = min(config.targeting.candidates, len(prompts)) if config.rl.anchor_coef else 0
-        if not most:
-            return []
-        prompts = python_rng(config.seed, "rl", "anchors").sample(prompts, most)
-        sampling = Sampling.of(config.rl, 1)
-        generator = torch_generator(config.seed, "rl", "anchors")
-        with self.policy.acting() as model:
-            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
-        return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
+def majority(rollouts: Sequence[Rollout], knowledge: Knowledge) -> Judgement:
+    """Reward the most frequent answer that no label has ruled out, as if it were right: no labels are needed.
 
-    def _has_open(self) -> bool:
-        return any(prompt.task == "open" for prompt in self.inputs.pool)
-
-    def _judged_shares(self, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each verdict the judged answer's share of the samples then not ruled out, and if it was right."""
-        shares, right = self.inputs.archive.shares(labels)
-        return np.array(shares), np.array(right)
+    Test-time RL, Zuo et al. 2025, https://arxiv.org/abs/2504.16084.
+    """
+    answers = [
+        r.answer if r.finished and knowledge.known(r.prompt_id, r.answer) is not False else None for r in rollouts
+    ]
+    counts = Counter(answer for answer in answers if answer is not None)
+    top = max(counts, key=lambda answer: (counts[answer], answer), default=None)
+    return Judgement(tuple(float(x is not None and x == top) for x in answers), (1.0,) * len(rollouts))

@@ -12,6 +12,7 @@ from trlhf.console import progress as progress_bar
 from trlhf.merging import save_model
 from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
+from trlhf.rl.buy import buy_labels
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner
@@ -53,7 +54,7 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
             state.round = number
             trainer = Round(config, stage, inputs, policy, tokenizer, state)
             if not state.planned:
-                trainer.buy_labels()
+                buy_labels(trainer)
                 state.planned = True
                 checkpoint.save(stage, policy, learner, state, rl.save_total_limit)
             trainer.prepare()

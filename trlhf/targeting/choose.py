@@ -154,18 +154,16 @@ def choose_pairs(
     return questions
 
 
-def training_weights(
-    pass_rates: Sequence[float | None], samples: int, group: int, strategy: str
-) -> Float[ndarray, " N"]:
+def training_weights(pass_rates: Sequence[float | None], samples: int, group: int, update: str) -> Float[ndarray, " N"]:
     """Return the probability with which each trainable prompt is drawn for an update.
 
     Args:
         pass_rates: known pass rate of the last samples; None where only the reward model can tell (counted as 0.5).
         samples: how many samples the rates come from.
         group: samples per prompt in an update.
-        strategy: ``uniform``, or ``frontier``: in proportion to the probability of a mixed group.
+        update: ``plain``: all alike; else in proportion to the probability of a mixed group.
     """
-    if strategy == "uniform":
+    if update == "plain":
         return np.full(len(pass_rates), 1 / max(1, len(pass_rates)))
     rates = np.array([0.5 if rate is None else rate for rate in pass_rates])
     values = frontier_value(0.5 + rates * samples, 0.5 + (1 - rates) * samples, group)

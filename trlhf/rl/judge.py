@@ -1,0 +1,222 @@
+"""What is known of the answers that labels do not decide: the answer model, applied to prompts and their samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from trlhf import files
+from trlhf.evaluation.answers import same_answer
+from trlhf.targeting.answers import FLIP_RATE, AnswerModel, Answers, Whitening, fit_answers, label_likelihood
+from trlhf.targeting.trust import advantage_trust
+from trlhf.types import Label, Prompt, Rollout
+
+Features = Callable[[Sequence[Prompt], Sequence[str]], Float[ndarray, "N F"]]
+Texts = Mapping[str, tuple[str, int]]  # text → its answer, and how many samples were this text
+Verdicts = Mapping[str, Sequence[tuple[str, bool]]]  # prompt id → judged answers, and whether they were found right
+Cache = dict[tuple[str, tuple[str, ...]], Float[ndarray, "N F"]]  # prompt id and texts → their features
+WHITENING = "whitening.safetensors"
+DRAWS = 64
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Rewards of a prompt's samples that no label decides, and how far the sign of each advantage can be trusted."""
+
+    rewards: tuple[float, ...]
+    trust: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AnswerTable:
+    """The answers of several prompts.
+
+    Attributes:
+        answers: as the model sees them.
+        names: each answer, as the samples wrote it, [C].
+        counts: samples that end in it, [C].
+        texts: one of its texts, [C].
+        places: index of each of the P prompts among those given; prompts without any answer are left out.
+        samples: of each of these prompts, those without an answer included, [P].
+    """
+
+    answers: Answers
+    names: tuple[str, ...]
+    counts: Int[ndarray, " C"]
+    texts: tuple[str, ...]
+    places: tuple[int, ...]
+    samples: Int[ndarray, " P"]
+
+
+def verdicts_of(labels: Sequence[Label]) -> dict[str, list[tuple[str, bool]]]:
+    """Return what labels say about answers, by prompt; a gold label counts as a right verdict on its answer."""
+    found: dict[str, list[tuple[str, bool]]] = {}
+    for label in labels:
+        answer = label.outcome if label.kind == "gold" else label.answer
+        if label.kind != "preference" and answer is not None:
+            found.setdefault(label.prompt_id, []).append((answer, label.outcome != "wrong"))
+    return found
+
+
+def texts_of(rollouts: Sequence[Rollout]) -> dict[str, tuple[str, int]]:
+    """Return the distinct finished responses with an answer."""
+    counts = Counter((r.text, r.answer) for r in rollouts if r.finished and r.answer is not None)
+    return {text: (str(answer), count) for (text, answer), count in counts.items()}
+
+
+class AnswerJudge:
+    """An answer model with what it needs to read samples.
+
+    Args:
+        features: of responses; from a backbone that does not change.
+        folder: keeps the whitening, so that a run that was stopped goes on with the same.
+        cache: features that `fit` has read before; it is added to.
+    """
+
+    def __init__(self, features: Features, folder: Path, cache: Cache | None = None) -> None:
+        self.features, self.folder, self.flip_rate = features, folder, FLIP_RATE
+        self.model: AnswerModel | None = None
+        self.verdicts: Verdicts = {}
+        self.cache: Cache = {} if cache is None else cache
+        self._whitening: Whitening | None = None
+
+    def table(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[Texts],
+        samples: Sequence[int],
+        known: Mapping[tuple[str, str], Float[ndarray, " F"]] | None = None,
+    ) -> AnswerTable:
+        """Return the answers of some prompts, with what `fit` was told of the labels on them.
+
+        Args:
+            prompts: with an exact answer.
+            texts: the distinct finished responses of each that have an answer.
+            samples: of each, those without an answer included.
+            known: features of all of them, by prompt id and text; None: they are computed.
+        """
+        rows = [(i, text, answer, n) for i, found in enumerate(texts) for text, (answer, n) in sorted(found.items())]
+        if known is None:
+            read = self.features([prompts[i] for i, *_ in rows], [text for _, text, *_ in rows]) if rows else None
+        else:
+            read = np.array([known[prompts[i].id, text] for i, text, *_ in rows]) if rows else None
+        assert self._whitening is not None, "whiten_on or load_whitening first"
+        pooled = np.zeros((0, self._whitening.map.shape[1])) if read is None else self._whitening(read)
+        features, names, counts, shares, numbers, kept = [], [], [], [], [], []
+        likelihood, likelihood_none, places = list[float](), [], []
+        first = 0  # row of a prompt's first text
+        for i, found in enumerate(texts):
+            if not found:
+                continue
+            places.append(i)
+            by_answer: dict[str, list[int]] = {}
+            for n in range(first, first + len(found)):
+                by_answer.setdefault(rows[n][2], []).append(n)
+            first += len(found)
+            told = [(_matching(about, by_answer), right) for about, right in self.verdicts.get(prompts[i].id, ())]
+            elsewhere = [about for about, right in told if right and about not in by_answer]
+            # "None of these" stands for an answer that was found right and is not among the samples.
+            likely, none = label_likelihood([*by_answer, *elsewhere[:1]], told, self.flip_rate)
+            likelihood += likely[: len(by_answer)].tolist()
+            likelihood_none.append(float(likely[-1]) if elsewhere else none)
+            for answer, members in by_answer.items():
+                weights = np.array([rows[n][3] for n in members], float)
+                features.append(weights @ pooled[members] / weights.sum())
+                names.append(answer)
+                counts.append(int(weights.sum()))
+                shares.append(weights.sum() / samples[i])
+                numbers.append(len(places) - 1)
+                kept.append(rows[members[int(weights.argmax())]][1])
+        answers = Answers(
+            np.array(features).reshape(len(names), pooled.shape[1]),
+            np.array(shares, float),
+            np.array(numbers, int),
+            np.array(likelihood, float),
+            np.array(likelihood_none, float),
+        )
+        of = np.array([samples[i] for i in places], int)
+        return AnswerTable(answers, tuple(names), np.array(counts, int), tuple(kept), tuple(places), of)
+
+    def fit(
+        self, prompts: Sequence[Prompt], rounds: Sequence[Sequence[Texts]], verdicts: Verdicts, flip_rate: float
+    ) -> None:
+        """Fit the model to all labels so far, on all samples of the labelled prompts.
+
+        Args:
+            prompts: those with verdicts.
+            rounds: of each, the responses of every round. Those of one round are always read in one batch, so that a
+                run that was stopped computes the same features, to the bit, as one that went on.
+            verdicts: by prompt.
+            flip_rate: chance that one is the opposite of the truth.
+        """
+        self.verdicts, self.flip_rate = verdicts, flip_rate
+        known: dict[tuple[str, str], Float[ndarray, " F"]] = {}
+        texts = []
+        for prompt, found in zip(prompts, rounds, strict=True):
+            merged: dict[str, tuple[str, int]] = {}
+            for own in found:
+                new = sorted(own)
+                if not new:
+                    continue
+                key = (prompt.id, tuple(new))
+                if key not in self.cache:
+                    self.cache[key] = self.features([prompt] * len(new), new)
+                for text, row in zip(new, self.cache[key], strict=True):
+                    known.setdefault((prompt.id, text), row)
+                    merged[text] = (own[text][0], merged.get(text, ("", 0))[1] + own[text][1])
+            texts.append(merged)
+        table = self.table(prompts, texts, [max(1, sum(n for _, n in found.values())) for found in texts], known)
+        self.model = fit_answers(table.answers, flip_rate)
+
+    def judge(
+        self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]], kappa: float, rng: np.random.Generator
+    ) -> list[Judgement]:
+        """Return the expected reward of every sample, P(its answer is right), and the trust in its advantage.
+
+        R and the leave-one-out advantage are computed for `DRAWS` draws of θ; the reward is the mean of R, the trust
+        c = max(0, 2Φ(|mean A| / (κ·sd A)) - 1). Samples without an answer are worth 0, for certain.
+        """
+        assert self.model is not None, "judge: fit first"
+        table = self.table(prompts, [texts_of(rollouts) for rollouts in sampled], [len(x) for x in sampled])
+        judged = [Judgement((0.0,) * len(rollouts), (0.0,) * len(rollouts)) for rollouts in sampled]
+        if not table.names:
+            return judged
+        draws = self.model.draws(table.answers, DRAWS, rng)
+        for number, place in enumerate(table.places):
+            rows = np.flatnonzero(table.answers.prompts == number)
+            by_name = {table.names[n]: draws[n] for n in rows}
+            rollouts = sampled[place]
+            none = np.zeros(DRAWS)
+            rewards = np.array([by_name.get(r.answer or "", none) if r.finished else none for r in rollouts])
+            advantages = rewards - rewards.mean(0)
+            trust = advantage_trust(advantages.mean(1), advantages.std(1), kappa)
+            judged[place] = Judgement(tuple(rewards.mean(1).tolist()), tuple(trust.tolist()))
+        return judged
+
+    def whiten_on(self, prompts: Sequence[Prompt], texts: Sequence[Texts]) -> None:
+        """Fit the whitening on these samples, unless an earlier start has done so; no label is looked at."""
+        path = self.folder / WHITENING
+        if not path.exists():
+            rows = [(prompt, text) for prompt, found in zip(prompts, texts, strict=True) for text in sorted(found)]
+            whitening = Whitening.fit(self.features([prompt for prompt, _ in rows], [text for _, text in rows]))
+            files.write_bytes(path, safetensors.numpy.save({"mean": whitening.mean, "map": whitening.map.copy()}))
+        kept = safetensors.numpy.load_file(path)
+        self._whitening = Whitening(kept["mean"], kept["map"])
+
+    def load_whitening(self) -> bool:
+        """Take up the whitening of an earlier round; False if there is none."""
+        if self._whitening is None and (self.folder / WHITENING).exists():
+            self.whiten_on((), ())
+        return self._whitening is not None
+
+
+def _matching(answer: str, known: Mapping[str, object]) -> str:
+    """Return the known answer that equals this one, in whatever form; else itself."""
+    return answer if answer in known else next((other for other in known if same_answer(other, answer)), answer)
