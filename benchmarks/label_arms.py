@@ -11,8 +11,8 @@ FIRST_SHARE = 0.2  # of the labels: bought by the reward stage, uniformly
 
 # The same for every arm.
 SCHEDULE = (
-    *("rl.rounds=4", "rl.steps_per_round=8", "rl.prompts_per_step=32", "rl.samples_per_prompt=8"),
-    *("targeting.candidates=128", "targeting.samples_per_prompt=8"),
+    *("rl.rounds=4", "rl.steps_per_round=8", "rl.prompts_per_step=16", "rl.samples_per_prompt=8"),
+    *("targeting.candidates=128", "targeting.samples_per_prompt=8", "targeting.round_share=0.5"),
 )
 COMMON = (
     *("targeting.preference_share=0", "rl.open_share=0"),  # this benchmark is about exact answers
@@ -88,7 +88,10 @@ ARMS = {
     "full_dpo": Arm("full tRLHF, DPO", ("targeting=full", "rl=dpo")),
 }
 FULL = "full"
-UNIFORM = ("uniform_ppo", "uniform_dpo", "uniform_reward_model", "uniform_gate", "uniform_frontier_prompts")
+UNIFORM = (
+    *("uniform_ppo", "uniform_targeted", "uniform_dpo", "uniform_reward_model", "uniform_gate"),
+    "uniform_frontier_prompts",
+)
 # Acquisition (uniform, the method's) by update (plain, the method's): neither, the first, the second, both.
 FACTORIAL = ("uniform_ppo", "targeted_plain", "uniform_targeted", "full")
 SCRAMBLED = "scrambled"

@@ -186,9 +186,10 @@ class TargetingConfig:
     samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
     candidates: int = setting(128, low=1)  # pool prompts sampled per round
     preference_share: float = setting(0.2, low=0, high=1)  # of the labels, where the pool has open prompts
-    uniform_share: float = setting(0.25, low=0, high=1)  # of each round's verdicts: at random, to test the uncertainty
+    round_share: float = setting(0.5, low=0, high=1)  # of what is left of the budget, each round but the last; 0: equal
+    uniform_share: float = setting(0.1, low=0, high=1)  # of each round's verdicts: at random, to test the uncertainty
     repeat_share: float = setting(0.05, low=0, high=1)  # of each round's labels: asked again, to measure the noise
-    least_trust: float = setting(0.3, low=0, below=1)  # unverified prompts are trained on from this trust on
+    least_trust: float = setting(0.5, low=0, below=1)  # unverified prompts are trained on from this trust on
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def candidates(shift: int) -> list[Candidate]:
     ]
 
 
-AT_RANDOM = {"acquisition": "uniform", "update": "plain"}
+AT_RANDOM = {"acquisition": "uniform", "update": "plain", "gate": False, "round_share": 0.0}
 
 
 class Dies(ExactVerifier):
@@ -317,7 +317,7 @@ def test_a_round_that_is_done_again_knows_no_later_labels(tmp_path: Path, monkey
     """As when the checkpoints of the rounds after it cannot be read."""
     config = build_config(
         {
-            "targeting": {"budget": 8, "acquisition": "uniform", "update": "plain"},
+            "targeting": AT_RANDOM | {"budget": 8},
             "reward": {"labels": 1},
             "rl": {"rounds": 4},
         }
@@ -342,7 +342,7 @@ def test_a_round_that_is_done_again_knows_no_later_labels(tmp_path: Path, monkey
 def test_a_stage_made_again_buys_no_more_than_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build_config(
         {
-            "targeting": {"budget": 4, "acquisition": "uniform", "update": "plain"},
+            "targeting": AT_RANDOM | {"budget": 4},
             "reward": {"labels": 1},
             "rl": {"rounds": 1},
         }

@@ -15,11 +15,13 @@ from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
 from trlhf.rl.judge import DRAWS, AnswerTable
 from trlhf.targeting.acquisition import (
+    apl_scores,
     d_optimal_batch,
     double_thompson,
     least_agreed_scores,
     max_entropy_scores,
     query_information,
+    target_factor,
     target_matrix,
     top_batch,
     v_optimal_batch,
@@ -75,6 +77,7 @@ class Outlook:
         probabilities: P(right) of each answer, [C].
         mixed: U of each prompt of the table: P(a group of samples is mixed), [P].
         refused: reason of the gate → ids of the prompts refused for it.
+        implicit: β·log π/π_ref of a response with each answer, [C]; only for APL.
     """
 
     table: AnswerTable
@@ -83,6 +86,7 @@ class Outlook:
     queries: Float[ndarray, "C Q"]
     mixed: Float[ndarray, " P"]
     refused: dict[str, list[str]] = field(default_factory=dict)
+    implicit: Float[ndarray, " C"] | None = None
 
 
 def look(table: AnswerTable, model: AnswerModel, group: int) -> Outlook:
@@ -153,9 +157,9 @@ def choose_targeted(
 ) -> list[Chosen]:
     """Choose ``count`` verdicts by an acquisition, one a prompt.
 
-    V-optimal and D-optimal scores are in prompts of the frontier: a(q)·ΣU / tr(TΣ), the share of the frontier's
-    uncertainty that the label resolves times the size of the frontier, beside U(x)·(n_c/k)·4q(1-q), what it resolves on
-    its own prompt.
+    The V-optimal score is in prompts of the frontier. Each prompt counts U(x) in the target, T = Σ_x U(x)·T_x/tr(T_xΣ),
+    so that a(q) = Σ_x U(x)·(share of the variance on x that the label removes), and no prompt counts for more because
+    its answers look unusual; to this comes U(x)·(n_c/k)·4q(1-q), what the label settles on its own prompt.
     """
     table, p = outlook.table, outlook.probabilities
     rows = np.flatnonzero(allowed)
@@ -166,7 +170,6 @@ def choose_targeted(
     share = table.counts[rows] / table.samples[groups]
     values: list[float | None]
     if acquisition in ("v_optimal", "scrambled", "d_optimal"):
-        design = table.answers.design()[: len(table.names)]
         covariance = outlook.model.covariance
         information = query_information(p[rows], flip_rate)
         queries, costs = outlook.queries[rows], np.ones(len(rows))
@@ -176,11 +179,9 @@ def choose_targeted(
         if acquisition == "d_optimal":
             batch = d_optimal_batch(queries, information, covariance, costs, groups, count, 1)
         else:
-            target = target_matrix(design, table.answers.prompts, table.counts, outlook.mixed)
-            total = max(float((target * covariance).sum()), 1e-12)
+            target = _target(outlook)
             own = outlook.mixed[groups] * share * 4 * p[rows] * (1 - p[rows])
             own = own[order] if acquisition == "scrambled" else own
-            target = target * (outlook.mixed.sum() / total)
             batch = v_optimal_batch(queries, information, covariance, target, costs, groups, count, 1, own)
             batch = batch._replace(values=batch.values + own[batch.picks])
         picks, values = batch.picks, list(batch.values)
@@ -195,6 +196,8 @@ def choose_targeted(
             top = np.zeros(len(table.places))
             np.maximum.at(top, groups, share)
             scores = np.where(share >= top[groups], least_agreed_scores(top[groups]), -np.inf)
+        elif acquisition == "apl":
+            scores = _apl(outlook, candidates, rows, count)
         else:
             raise ValueError(f"choose_targeted: acquisition={acquisition!r} chooses no answers of a table")
         picks = top_batch(scores, groups, kinds, count, 1)
@@ -203,6 +206,38 @@ def choose_targeted(
         _chosen(outlook, candidates, int(rows[pick]), acquisition, value, number)
         for pick, value in zip(picks, values, strict=True)
     ]
+
+
+def _apl(
+    outlook: Outlook, candidates: Sequence[Candidate], rows: Int[ndarray, " n"], count: int
+) -> Float[ndarray, " n"]:
+    """Return APL's scores, made for pairs, of verdicts: the answer that the implicit reward prefers, by its lead.
+
+    The predictive entropy of a prompt is the mean of -log π over its samples. Before the first update the implicit
+    reward is 0 everywhere, and entropy alone decides.
+    """
+    assert outlook.implicit is not None, "apl needs implicit rewards"
+    number = outlook.table.answers.prompts
+    rollouts = [candidates[place].rollouts for place in outlook.table.places]
+    entropy = np.array([-np.mean([sum(r.logprobs) for r in sampled]) for sampled in rollouts])[number[rows]]
+    lead = np.zeros(len(rows))
+    for n, row in enumerate(rows):
+        others = np.flatnonzero((number == number[row]) & (np.arange(len(number)) != row))
+        lead[n] = outlook.implicit[row] - max(outlook.implicit[others], default=outlook.implicit[row])
+    answers = len(rows) / len(set(number[rows].tolist()))  # of one prompt, on average
+    kept = max(0.5, min(1.0, 2 * count * answers / len(rows)))  # of the answers; enough for all that are to be asked
+    return apl_scores(entropy, np.maximum(lead, 0) + 1e-9 * entropy, kept)
+
+
+def _target(outlook: Outlook) -> Float[ndarray, "Q Q"]:
+    """Return T = Σ_x U(x)·T_x/tr(T_xΣ), T_x the mean over pairs of x's samples of (x_i-x_j)(x_i-x_j)ᵀ."""
+    table = outlook.table
+    number = table.answers.prompts
+    rows = table.answers.design()[: len(table.names)]
+    factor = target_factor(rows, number, table.counts, np.ones(len(table.places)))
+    variance = np.bincount(number, ((factor @ outlook.model.covariance) * factor).sum(1), len(table.places))
+    scale = np.where(variance > 1e-9, outlook.mixed / np.maximum(variance, 1e-9), 0.0)
+    return target_matrix(rows, number, table.counts, scale)
 
 
 def choose_repeats(
@@ -237,12 +272,16 @@ def flip_rate(labels: Sequence[Label], prior: float = 0.02, weight: float = 25.0
 
 
 def test_uncertainty(predictions: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> TrustTest:
-    """Test, on the verdicts that chance chose, whether the uncertainty before they were bought foretold the error."""
+    """Test, on the verdicts that chance chose, whether the uncertainty before they were bought foretold the error.
+
+    The error is whether the likelier outcome failed to come, 0 or 1. (|outcome - p| would be larger for uncertain
+    predictions whatever they are worth: with mostly right answers it passes p shuffled over the questions.)
+    """
     told = {(x.prompt_id, x.answer): float(x.outcome == "right") for x in labels if x.kind == "verdict"}
     rows = [x for x in predictions if x["part"] == UNIFORM and (x["prompt_id"], x["answer"]) in told]
     p = np.array([x["probability"] for x in rows], float)
     y = np.array([told[x["prompt_id"], x["answer"]] for x in rows], float)
-    return trust_test(np.sqrt(p * (1 - p)), np.abs(y - p))
+    return trust_test(np.sqrt(p * (1 - p)), ((p > 0.5) != (y > 0.5)).astype(float))
 
 
 def _chosen(

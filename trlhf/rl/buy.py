@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
 
 from trlhf import files
 from trlhf.console import progress as progress_bar
 from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
+from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import find_anchors
 from trlhf.rl.ask import (
@@ -35,7 +39,7 @@ from trlhf.targeting.trust import TrustTest
 from trlhf.types import Label, Prompt, Question
 
 log = logging.getLogger("trlhf")
-BY_ANSWERS = ("v_optimal", "d_optimal", "max_entropy", "double_thompson", "least_agreed", "scrambled")
+BY_ANSWERS = ("v_optimal", "d_optimal", "max_entropy", "double_thompson", "apl", "least_agreed", "scrambled")
 LEAST_TESTED = 16  # uniform verdicts from which the uncertainty is tested; before, it is taken on credit
 
 
@@ -59,12 +63,12 @@ def buy_labels(trainer: Round) -> None:
     exact = [candidate for candidate in candidates if candidate.prompt.task == "exact"]
     decided: dict[str, Any] = {"round": number, "candidates": len(candidates), "acquisition": targeting.acquisition}
     outlook = None
-    if targeting.acquisition in BY_ANSWERS or targeting.update == "targeted":
+    if targeting.acquisition in BY_ANSWERS or targeting.update == "targeted" or targeting.gate:
         outlook = _outlook(trainer, exact, labels)
     if outlook is not None:
         decided |= {"flip_rate": trainer.flip_rate, "spread": outlook.model.spread}
     rng = numpy_rng(config.seed, "rl", "choose", number)
-    count = int(inputs.ledger.remaining // (config.rl.rounds - number + 1))  # an equal share of what is left
+    count = _affordable(trainer)
     pairs_wanted = round(count * targeting.preference_share) if _has_open(trainer) else 0
 
     def choose() -> list[Question]:
@@ -75,7 +79,8 @@ def buy_labels(trainer: Round) -> None:
             stage.write_jsonl(predictions_file(number), [verdict.row() for verdict in verdicts])
             chosen += [verdict.question for verdict in verdicts]
         else:
-            chosen += _choose_simply(trainer, candidates, before, labels, wanted, decided, rng)
+            sound = _behind_the_gate(trainer, exact, outlook, before, decided)
+            chosen += _choose_simply(trainer, sound, before, labels, wanted, decided, rng)
         asked = {question.prompt.id for question in chosen}
         new = Archive(inputs.pool)
         for candidate in candidates:
@@ -94,6 +99,17 @@ def buy_labels(trainer: Round) -> None:
     if targeting.update == "targeted":
         _note_outlook(trainer, exact, labels, knowledge)
     stage.write_json(f"round_{number:02d}.json", decided | _outcome(trainer, questions, bought, labels, knowledge))
+
+
+def _affordable(trainer: Round) -> int:
+    """Return how many labels the round may buy: an equal share of what is left, or a fixed share, and all at the end.
+
+    Labels bought early are learned from in every later step, and what they tell is about samples of a policy that has
+    not yet learned from its own mistakes.
+    """
+    left, rounds = trainer.inputs.ledger.remaining, trainer.config.rl.rounds - trainer.state.round + 1
+    share = trainer.config.targeting.round_share
+    return int(left // rounds) if not share or rounds == 1 else math.ceil(left * share - 1e-9)
 
 
 def _choose_simply(
@@ -146,6 +162,8 @@ def _choose_verdicts(
     names = [candidates[outlook.table.places[p]].prompt.id for p in outlook.table.answers.prompts]
     allowed &= np.array([name not in taken for name in names], bool)
     rest = count - len(uniform)
+    if targeting.acquisition == "apl":
+        outlook.implicit = _implicit_rewards(trainer, candidates, outlook)
     targeted = choose_targeted(
         outlook, allowed, candidates, rest, targeting.acquisition, trainer.flip_rate, rng, number
     )
@@ -160,6 +178,44 @@ def _choose_verdicts(
         log.warning("round %d: %s", number, reason)
         return []
     return [*targeted, *uniform, *repeats]
+
+
+def _behind_the_gate(
+    trainer: Round,
+    candidates: Sequence[Candidate],
+    outlook: Outlook | None,
+    before: Knowledge,
+    decided: dict[str, Any],
+) -> Sequence[Candidate]:
+    """Return the candidates without those that the gate refuses an answer of."""
+    if outlook is None or not trainer.config.targeting.gate:
+        return candidates
+    may_be_asked(outlook, candidates, before, trainer.config.targeting, before.verifiable_prompts())
+    decided["refused_by_gate"] = {reason: len(ids) for reason, ids in outlook.refused.items()}
+    refused = {name for names in outlook.refused.values() for name in names}
+    return [candidate for candidate in candidates if candidate.prompt.id not in refused]
+
+
+@torch.no_grad()
+def _implicit_rewards(trainer: Round, candidates: Sequence[Candidate], outlook: Outlook) -> Float[np.ndarray, " C"]:
+    """Return β·log π/π_ref of one response with each answer (Rafailov et al. 2023, sec. 4)."""
+    rl, table = trainer.config.rl, outlook.table
+    owners = [candidates[table.places[n]] for n in table.answers.prompts]
+    rollouts = [
+        next(rollout for rollout in owner.rollouts if rollout.text == text)
+        for owner, text in zip(owners, table.texts, strict=True)
+    ]
+    prompts = [encode_prompt(trainer.tokenizer, owner.prompt.messages) for owner in owners]
+    pad_id, reference = int(trainer.tokenizer.pad_token_id), trainer.inputs.roles.reference
+    rewards = []
+    for start in range(0, len(rollouts), rl.microbatch_size):
+        part = slice(start, start + rl.microbatch_size)
+        batch = pad_sequences(prompts[part], [r.token_ids for r in rollouts[part]], pad_id).to(reference.device)
+        with reference.acting() as model:
+            logprobs = response_logprobs(model, batch, rl.temperature)
+        rewards += (logprobs * batch.response_mask).sum(1).tolist()
+    own = np.array([sum(rollout.logprobs) for rollout in rollouts])
+    return np.asarray(rl.beta * (own - np.array(rewards)))
 
 
 def _tested(trainer: Round, labels: Sequence[Label]) -> TrustTest | None:
@@ -200,6 +256,10 @@ def _outlook(trainer: Round, candidates: Sequence[Candidate], labels: Sequence[L
     if judge is None or not any(texts):
         return None
     judge.whiten_on(prompts, texts)
+    if trainer.state.round == 1:
+        labelled = [prompt for prompt in trainer.inputs.pool if trainer.inputs.archive.sampled(prompt.id)]
+        first = [trainer.inputs.archive.sampled(prompt.id)[0] for prompt in labelled]
+        judge.note_reference([*labelled, *prompts], [*first, *texts])
     judge = trainer.fit_judge(labels)
     assert judge is not None and judge.model is not None
     table = judge.table(prompts, texts, [len(candidate.rollouts) for candidate in candidates])
@@ -223,8 +283,7 @@ def _note_outlook(
     if judge is None or not open_:
         return
     rng = numpy_rng(trainer.config.seed, "rl", "outlook", trainer.state.round)
-    kappa = trainer.config.rl.uncertainty_penalty
-    judged = judge.judge([c.prompt for c in open_], [c.rollouts for c in open_], kappa, rng)
+    judged = judge.judge([c.prompt for c in open_], [c.rollouts for c in open_], rng)
     for candidate, judgement in zip(open_, judged, strict=True):
         trainer.state.outlook[candidate.prompt.id] = float(np.mean(judgement.rewards)), max(judgement.trust)
 

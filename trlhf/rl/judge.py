@@ -15,14 +15,14 @@ from numpy import ndarray
 from trlhf import files
 from trlhf.evaluation.answers import same_answer
 from trlhf.targeting.answers import FLIP_RATE, AnswerModel, Answers, Whitening, fit_answers, label_likelihood
-from trlhf.targeting.trust import advantage_trust
 from trlhf.types import Label, Prompt, Rollout
 
 Features = Callable[[Sequence[Prompt], Sequence[str]], Float[ndarray, "N F"]]
 Texts = Mapping[str, tuple[str, int]]  # text → its answer, and how many samples were this text
 Verdicts = Mapping[str, Sequence[tuple[str, bool]]]  # prompt id → judged answers, and whether they were found right
 Cache = dict[tuple[str, tuple[str, ...]], Float[ndarray, "N F"]]  # prompt id and texts → their features
-WHITENING = "whitening.safetensors"
+WHITENING, REFERENCE = "whitening.safetensors", "reference_shares.json"
+RARE = 1 / 16  # share of an answer that none of the reference's samples gave
 DRAWS = 64
 
 
@@ -86,6 +86,7 @@ class AnswerJudge:
         self.verdicts: Verdicts = {}
         self.cache: Cache = {} if cache is None else cache
         self._whitening: Whitening | None = None
+        self._reference: dict[str, dict[str, float]] = {}
 
     def table(
         self,
@@ -95,6 +96,8 @@ class AnswerJudge:
         known: Mapping[tuple[str, str], Float[ndarray, " F"]] | None = None,
     ) -> AnswerTable:
         """Return the answers of some prompts, with what `fit` was told of the labels on them.
+
+        Their shares are those among the reference's samples (see `_share`), not among these.
 
         Args:
             prompts: with an exact answer.
@@ -131,7 +134,7 @@ class AnswerJudge:
                 features.append(weights @ pooled[members] / weights.sum())
                 names.append(answer)
                 counts.append(int(weights.sum()))
-                shares.append(weights.sum() / samples[i])
+                shares.append(self._share(prompts[i].id, answer, len(by_answer)))
                 numbers.append(len(places) - 1)
                 kept.append(rows[members[int(weights.argmax())]][1])
         answers = Answers(
@@ -176,12 +179,14 @@ class AnswerJudge:
         self.model = fit_answers(table.answers, flip_rate)
 
     def judge(
-        self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]], kappa: float, rng: np.random.Generator
+        self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]], rng: np.random.Generator
     ) -> list[Judgement]:
         """Return the expected reward of every sample, P(its answer is right), and the trust in its advantage.
 
-        R and the leave-one-out advantage are computed for `DRAWS` draws of θ; the reward is the mean of R, the trust
-        c = max(0, 2Φ(|mean A| / (κ·sd A)) - 1). Samples without an answer are worth 0, for certain.
+        A sample's advantage is above 0 if its answer is right, below 0 if another sampled answer is, and 0 if none is.
+        The trust in its sign is c = |P(A > 0) - P(A < 0)|, averaged over `DRAWS` draws of θ: what the model does not
+        know and what no model could tell from the samples count alike. (The sign of the *expected* advantage can be
+        certain while the answer is not: a majority of 5 in 8 is preferred by every draw.)
         """
         assert self.model is not None, "judge: fit first"
         table = self.table(prompts, [texts_of(rollouts) for rollouts in sampled], [len(x) for x in sampled])
@@ -191,13 +196,10 @@ class AnswerJudge:
         draws = self.model.draws(table.answers, DRAWS, rng)
         for number, place in enumerate(table.places):
             rows = np.flatnonzero(table.answers.prompts == number)
-            by_name = {table.names[n]: draws[n] for n in rows}
-            rollouts = sampled[place]
-            none = np.zeros(DRAWS)
-            rewards = np.array([by_name.get(r.answer or "", none) if r.finished else none for r in rollouts])
-            advantages = rewards - rewards.mean(0)
-            trust = advantage_trust(advantages.mean(1), advantages.std(1), kappa)
-            judged[place] = Judgement(tuple(rewards.mean(1).tolist()), tuple(trust.tolist()))
+            by_name = {table.names[n]: float(draws[n].mean()) for n in rows}
+            rewards = [by_name.get(r.answer or "", 0.0) if r.finished else 0.0 for r in sampled[place]]
+            some = sum(by_name.values())
+            judged[place] = Judgement(tuple(rewards), tuple(abs(2 * reward - some) for reward in rewards))
         return judged
 
     def whiten_on(self, prompts: Sequence[Prompt], texts: Sequence[Texts]) -> None:
@@ -210,11 +212,31 @@ class AnswerJudge:
         kept = safetensors.numpy.load_file(path)
         self._whitening = Whitening(kept["mean"], kept["map"])
 
-    def load_whitening(self) -> bool:
-        """Take up the whitening of an earlier round; False if there is none."""
-        if self._whitening is None and (self.folder / WHITENING).exists():
-            self.whiten_on((), ())
-        return self._whitening is not None
+    def note_reference(self, prompts: Sequence[Prompt], texts: Sequence[Texts]) -> None:
+        """Keep how often the reference's samples end in each answer, for `table`."""
+        shares: dict[str, dict[str, float]] = {}
+        for prompt, found in zip(prompts, texts, strict=True):
+            total = max(1, sum(count for _, count in found.values()))
+            own = shares.setdefault(prompt.id, {})
+            for answer, count in found.values():
+                own[answer] = own.get(answer, 0.0) + count / total
+        files.write_json(self.folder / REFERENCE, shares)
+
+    def load(self) -> bool:
+        """Take up the whitening and the reference's shares of an earlier round; False if there are none."""
+        if not (self.folder / REFERENCE).exists():
+            return False
+        self.whiten_on((), ())
+        self._reference = files.read_json(self.folder / REFERENCE)
+        return True
+
+    def _share(self, prompt_id: str, answer: str, answers: int) -> float:
+        """Return the share of the *reference's* samples that end in an answer; where it is not known, all alike.
+
+        The share under the policy as it is now says what the policy has been rewarded for, by this very model.
+        """
+        known = self._reference.get(prompt_id)
+        return 1 / answers if known is None else known.get(answer, RARE)
 
 
 def _matching(answer: str, known: Mapping[str, object]) -> str:

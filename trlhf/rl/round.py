@@ -181,7 +181,7 @@ class Round:
         asked, samples = [prompts[i] for i in undecided], [sampled[i] for i in undecided]
         if self.judge is not None:
             least = config.targeting.least_trust
-            found = self.judge.judge(asked, samples, config.rl.uncertainty_penalty, rng)
+            found = self.judge.judge(asked, samples, rng)
             found = [x if max(x.trust) >= least else Judgement(x.rewards, (0.0,) * len(x.trust)) for x in found]
         elif config.rl.unverified_reward == "majority":
             found = [majority(rollouts, self.knowledge) for rollouts in samples]
@@ -194,7 +194,7 @@ class Round:
     def fit_judge(self, labels: Sequence[Label]) -> AnswerJudge | None:
         """Fit the answer model to labels; None before any candidates were sampled."""
         judge = self.new_judge()
-        if judge is None or not judge.load_whitening():
+        if judge is None or not judge.load():
             return None
         verdicts = verdicts_of(labels)
         prompts = [p for p in self.inputs.pool if p.id in verdicts]

@@ -16,14 +16,17 @@ DEFAULT_SPREAD = 3.0
 FEWEST = 16  # labelled prompts from which cross-validation chooses the spread
 FOLDS = 4
 SPREAD_SD = 0.5  # prior standard deviation of log spread: a few labels cannot tell spreads apart
-SHARE_SLOPE, SHARE_SD = 4.0, 2.0  # prior of the coefficient of an answer's share of the samples
+SHARE_SLOPE, SHARE_SD = 2.0, 2.0  # prior of the coefficient of an answer's share of the samples
 NONE_SD = 2.0  # prior standard deviation of the logit that none of the answers is right
 FLIP_RATE = 0.02  # chance that a verdict is the opposite of the truth, where nothing else is known
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Features → coordinates of mean 0 and variance 1 that do not correlate, the largest directions first.
+    """Features → points on a sphere: whitened (mean 0, variance 1, uncorrelated), then scaled to length √D.
+
+    The length is dropped because it says how unusual a response is, and little else: with it, the optimal designs
+    spend their labels on what is rare (benchmarks/LOG.md).
 
     Attributes:
         mean: of the features, [F].
@@ -34,7 +37,7 @@ class Whitening:
     map: Float[ndarray, "F D"]
 
     @classmethod
-    def fit(cls, features: Float[ndarray, "N F"], most: int = 512, smallest: float = 0.01) -> Whitening:
+    def fit(cls, features: Float[ndarray, "N F"], most: int = 512, smallest: float = 0.02) -> Whitening:
         """Fit to features: principal components, without those below ``smallest`` times the largest in spread.
 
         Args:
@@ -49,8 +52,10 @@ class Whitening:
         return cls(mean, directions[:kept].T / np.maximum(spread[:kept], 1e-12) * np.sqrt(len(features)))
 
     def __call__(self, features: Float[ndarray, "N F"]) -> Float[ndarray, "N D"]:
-        """Return the whitened features."""
-        return np.asarray((np.asarray(features, float) - self.mean) @ self.map)
+        """Return the features on the sphere."""
+        white = (np.asarray(features, float) - self.mean) @ self.map
+        length = np.linalg.norm(white, axis=1, keepdims=True)
+        return np.asarray(white / np.maximum(length, 1e-12) * np.sqrt(white.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Answers:
 
     Attributes:
         features: whitened, of each answer: mean over the samples that end in it, [C, D].
-        shares: of its prompt's samples, [C], in (0, 1].
+        shares: of its prompt's samples that end in it, [C], in (0, 1]; those of a policy that learned from no reward.
         prompts: number of each answer's prompt, 0 … P-1, not falling, none left out, [C].
         likelihood: P(the labels on the prompt | this answer is the right one), [C]; 1 without labels.
         likelihood_none: the same if none of the answers is right, [P].
@@ -166,7 +171,7 @@ class AnswerModel:
 def fit_answers(answers: Answers, flip_rate: float = FLIP_RATE) -> AnswerModel:
     """Fit the model to the labels in ``answers``; unlabelled prompts add nothing.
 
-    The log-likelihood of a labelled prompt is log Σ_c p_c·P(labels | c), the prior θ ~ N((0, 4, 0 …), diag). The spread
+    The log-likelihood of a labelled prompt is log Σ_c p_c·P(labels | c), the prior θ ~ N((0, 2, 0 …), diag). The spread
     of the features' prior is the candidate under which labelled prompts left out of the fit are likeliest (`FOLDS`-fold
     cross-validation), from `FEWEST` labelled prompts on; before, it is `DEFAULT_SPREAD`. (The Laplace evidence always
     chose the widest on the embedded world, where 3 told more answers apart than 8.)
