@@ -176,12 +176,12 @@ class RlConfig:
 class TargetingConfig:
     """Which prompts, and which labels. ``docs/targeting.md`` says what each choice does and what it was measured to."""
 
-    acquisition: Acquisition = "frontier"  # which questions are asked
-    update: Literal["plain", "frontier", "targeted"] = "frontier"  # which prompts are trained on, and how far trusted
-    label_prompts: Literal["pool", "frontier"] = "pool"  # that questions may be about; frontier: samples disagree
+    acquisition: Acquisition = "v_optimal"  # which questions are asked
+    update: Literal["plain", "frontier", "targeted"] = "targeted"  # which prompts are trained on, and how far trusted
+    label_prompts: Literal["pool", "frontier"] = "frontier"  # that questions may be about; frontier: samples disagree
     gate: bool = True  # ask nothing about repetitive or outlying responses
     budget: int = setting(
-        250, low=0, remedy="give the number of labels you can pay for"
+        250, low=1, remedy="without labels nothing can be learned; give the number of labels you can pay for"
     )  # labels in the whole run, the reward stage's included
     samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
     candidates: int = setting(128, low=1)  # pool prompts sampled per round
@@ -189,6 +189,7 @@ class TargetingConfig:
     round_share: float = setting(0.5, low=0, high=1)  # of what is left of the budget, each round but the last; 0: equal
     uniform_share: float = setting(0.1, low=0, high=1)  # of each round's verdicts: at random, to test the uncertainty
     repeat_share: float = setting(0.05, low=0, high=1)  # of each round's labels: asked again, to measure the noise
+    hardness: float = setting(1.0, low=0)  # eta: prompts are drawn in proportion to P(mixed group)·(1 - pass rate)^eta
     least_trust: float = setting(0.5, low=0, below=1)  # unverified prompts are trained on from this trust on
 
 

@@ -104,7 +104,7 @@ def test_a_dry_run_prints_its_plan_and_starts_nothing(
         "plan (dry_run=true: nothing is started) experiment cerebrum-7b",
         "stages: sft, reward, rl, eval; seed 0",
         "model: mistralai/Mistral-7B-v0.1, bfloat16, LoRA r=16",
-        "labels: 500 at most, 128 of them for the reward stage; labeler exact; targeting frontier",
+        "labels: 500 at most, 128 of them for the reward stage; labeler exact; labels by v_optimal, update targeted",
         "7.242 billion parameters",
         "lower the stage's microbatch_size",
     ):

@@ -293,10 +293,10 @@ ALLOWED: list[tuple[str, str, dict[str, object]]] = [
     ("sft", "rl", {"targeting": {"budget": 99}}),
     ("sft", "rl", {"evaluation": {"batch_size": 3}}),
     ("sft", "rl", {"data": {"pool_prompts": 100, "test_prompts": 9}}),
-    ("reward", "rl", {"rl": {"algorithm": "dpo"}, "targeting": {"strategy": "uniform"}}),
+    ("reward", "rl", {"rl": {"algorithm": "dpo"}, "targeting": {"acquisition": "uniform"}}),
     ("rl", "rl", {"rl": {"microbatch_size": 32, "save_steps": 1}}),  # another machine
     ("rl", "rl", {"evaluation": {"batch_size": 3}}),
-    ("rl", "eval", {"rl": {"algorithm": "dpo"}, "targeting": {"strategy": "uniform"}, "sft": {"epochs": 9.0}}),
+    ("rl", "eval", {"rl": {"algorithm": "dpo"}, "targeting": {"acquisition": "uniform"}, "sft": {"epochs": 9.0}}),
     ("rl", "eval", {"seed": 3, "reward": {"labels": 10}, "evaluation": {"confidence": 0.9}}),
     ("rl", "eval", {"model": {"lora": {"enabled": True}}, "data": {"test_prompts": 9}}),
     ("eval", "rl", {"evaluation": {"confidence": 0.9}}),

@@ -107,6 +107,8 @@ def test_training_weights_sum_to_one_and_favour_the_frontier() -> None:
     weights = training_weights(rates, 8, 8, "frontier")
     assert weights.sum() == pytest.approx(1)
     assert weights[1] == weights[3] > 3 * weights[0] and weights[0] == pytest.approx(weights[2])
+    hard = training_weights([0.25, 0.75], 8, 8, "targeted", 1.0)
+    assert hard[0] / hard[1] == pytest.approx((0.5 + 6) / (0.5 + 2)) and hard.sum() == pytest.approx(1)
 
 
 def test_once_an_answer_is_ruled_out_the_next_one_gains() -> None:

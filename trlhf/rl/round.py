@@ -248,7 +248,10 @@ class Round:
         rates = [state.pass_rates.get(p.id) for p in self.exact] + [state.outlook[p.id][0] for p in trusted]
         trust = np.array([1.0] * len(self.exact) + [state.outlook[p.id][1] for p in trusted])
         samples = min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt)
-        weights = training_weights(rates, samples, rl.samples_per_prompt, "frontier") * trust if prompts else trust
+        weights = trust
+        if prompts:
+            hardness = self.config.targeting.hardness
+            weights = training_weights(rates, samples, rl.samples_per_prompt, "targeted", hardness) * trust
         count = min(len(prompts), rl.prompts_per_step - n_open)
         chosen = []
         if count:

@@ -154,17 +154,21 @@ def choose_pairs(
     return questions
 
 
-def training_weights(pass_rates: Sequence[float | None], samples: int, group: int, update: str) -> Float[ndarray, " N"]:
+def training_weights(
+    pass_rates: Sequence[float | None], samples: int, group: int, update: str, hardness: float = 0.0
+) -> Float[ndarray, " N"]:
     """Return the probability with which each trainable prompt is drawn for an update.
 
     Args:
         pass_rates: known pass rate of the last samples; None where only the reward model can tell (counted as 0.5).
         samples: how many samples the rates come from.
         group: samples per prompt in an update.
-        update: ``plain``: all alike; else in proportion to the probability of a mixed group.
+        update: ``plain``: all alike; else in proportion to U·E[1-p]^η, U the probability of a mixed group.
+        hardness: η; above 0 what is seldom right goes before what is mostly right.
     """
     if update == "plain":
         return np.full(len(pass_rates), 1 / max(1, len(pass_rates)))
     rates = np.array([0.5 if rate is None else rate for rate in pass_rates])
     values = frontier_value(0.5 + rates * samples, 0.5 + (1 - rates) * samples, group)
+    values = values * ((0.5 + (1 - rates) * samples) / (1 + samples)) ** hardness
     return np.asarray(values / values.sum())
