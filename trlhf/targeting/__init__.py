@@ -1,14 +1,27 @@
 """Which prompts to learn from and which labels to buy: NumPy in, NumPy out, usable without the pipeline."""
 
+from trlhf.targeting.acquisition import d_optimal_batch, query_information, target_matrix, v_optimal_batch
+from trlhf.targeting.answers import AnswerModel, Answers, fit_answers, label_likelihood
 from trlhf.targeting.choose import Candidate, choose_pairs, choose_verdicts, training_weights
 from trlhf.targeting.frontier import fit_top_answer_model, frontier_value, top_answer_probability
+from trlhf.targeting.trust import advantage_trust, trust_test
 
 __all__ = [
+    "AnswerModel",
+    "Answers",
     "Candidate",
+    "advantage_trust",
     "choose_pairs",
     "choose_verdicts",
+    "d_optimal_batch",
+    "fit_answers",
     "fit_top_answer_model",
     "frontier_value",
+    "label_likelihood",
+    "query_information",
+    "target_matrix",
     "top_answer_probability",
     "training_weights",
+    "trust_test",
+    "v_optimal_batch",
 ]
