@@ -250,8 +250,10 @@ class Round:
         samples = min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt)
         weights = trust
         if prompts:
-            hardness = self.config.targeting.hardness
-            weights = training_weights(rates, samples, rl.samples_per_prompt, "targeted", hardness) * trust
+            # Where the model alone says what is right, what is seldom right may be what the model has wrong.
+            hardness = self.config.targeting.hardness * np.array([1.0] * len(self.exact) + [0.0] * len(trusted))
+            middle = np.where(hardness == 0, 0.5**self.config.targeting.hardness, 1.0)  # (1 - p)^η of one half right
+            weights = training_weights(rates, samples, rl.samples_per_prompt, "targeted", hardness) * trust * middle
         count = min(len(prompts), rl.prompts_per_step - n_open)
         chosen = []
         if count:

@@ -155,7 +155,11 @@ def choose_pairs(
 
 
 def training_weights(
-    pass_rates: Sequence[float | None], samples: int, group: int, update: str, hardness: float = 0.0
+    pass_rates: Sequence[float | None],
+    samples: int,
+    group: int,
+    update: str,
+    hardness: float | Float[ndarray, " N"] = 0.0,
 ) -> Float[ndarray, " N"]:
     """Return the probability with which each trainable prompt is drawn for an update.
 
@@ -164,7 +168,7 @@ def training_weights(
         samples: how many samples the rates come from.
         group: samples per prompt in an update.
         update: ``plain``: all alike; else in proportion to U·E[1-p]^η, U the probability of a mixed group.
-        hardness: η; above 0 what is seldom right goes before what is mostly right.
+        hardness: η, of all or of each; above 0 what is seldom right goes before what is mostly right.
     """
     if update == "plain":
         return np.full(len(pass_rates), 1 / max(1, len(pass_rates)))
