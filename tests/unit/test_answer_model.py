@@ -9,6 +9,7 @@ import pytest
 from numpy import ndarray
 from scipy.optimize import approx_fprime
 
+from trlhf.targeting import answers as answers_module
 from trlhf.targeting.answers import (
     DEFAULT_SPREAD,
     NONE_SD,
@@ -54,6 +55,17 @@ def slow_objective(theta: ndarray, answers: Answers, spread: float) -> float:
     return float(value + 0.5 * (deviation**2 / sd**2).sum())
 
 
+def _maximise_from(answers: Answers, spread: float, start: ndarray) -> ndarray:
+    size = answers.features.shape[1]
+    sd = np.array([NONE_SD, SHARE_SD, *np.full(size, spread / np.sqrt(size))])
+    mean = np.array([0, SHARE_SLOPE, *np.zeros(size)])
+    labelled = np.isin(answers.groups(), list(VERDICTS))
+    groups = np.unique(answers.groups()[labelled], return_inverse=True)[1]
+    return answers_module._maximise(
+        answers.design()[labelled], groups, answers.likelihoods()[labelled], mean, 1 / sd**2, 0.1 * start
+    )
+
+
 VERDICTS = {0: [("0", True)], 1: [("0", False)], 3: [("0", True), ("0", True)], 5: [("0", False)], 8: [("0", True)]}
 
 
@@ -64,6 +76,8 @@ def test_the_fit_is_at_the_optimum_of_the_slow_objective(seed: int) -> None:
     assert model.spread == DEFAULT_SPREAD and model.labelled == 5
     slope = approx_fprime(model.mean, slow_objective, 1e-6, answers, model.spread)
     assert np.abs(slope).max() < 1e-3
+    elsewhere = _maximise_from(answers, model.spread, np.random.default_rng(seed).standard_normal(len(model.mean)))
+    np.testing.assert_allclose(elsewhere, model.mean, rtol=0, atol=1e-11)  # to the last digits, from anywhere
 
 
 def test_without_labels_the_most_frequent_answer_is_the_likeliest() -> None:

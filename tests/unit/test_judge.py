@@ -106,9 +106,9 @@ def test_verdicts_decide_rewards_and_trust(tmp_path: Path) -> None:
     for judgement, candidate in zip(judged, pool, strict=True):
         probability = {r.answer: x for r, x in zip(candidate.rollouts, judgement.rewards, strict=True)}
         total = sum(x for answer, x in probability.items() if answer is not None)
-        assert total <= 1 + 1e-9
+        assert total <= 1 + 1e-5
         expected = [abs(2 * x - total) for x in judgement.rewards]
-        assert judgement.trust == pytest.approx(expected)
+        assert judgement.trust == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_judge_that_starts_again_is_the_same(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
-from trlhf.rl.judge import DRAWS, AnswerTable
+from trlhf.rl.judge import DRAWS, AnswerTable, settled
 from trlhf.targeting.acquisition import (
     apl_scores,
     d_optimal_batch,
@@ -62,8 +62,8 @@ class Chosen:
             "answer": asked.answer,
             "repeat": asked.repeat,
             "part": self.part,
-            "probability": self.probability,
-            "value": self.value,
+            "probability": None if self.probability is None else settled(self.probability),
+            "value": None if self.value is None else settled(self.value),
         }
 
 

@@ -29,7 +29,7 @@ from trlhf.rl.ask import (
     may_be_asked,
     test_uncertainty,
 )
-from trlhf.rl.judge import texts_of
+from trlhf.rl.judge import settled, texts_of
 from trlhf.rl.round import Round, samples_file
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
@@ -169,8 +169,8 @@ def _choose_verdicts(
     )
     values = [verdict.value for verdict in targeted if verdict.value is not None]
     decided["refused_by_gate"] = {reason: len(ids) for reason, ids in outlook.refused.items()}
-    decided["value_per_label"] = float(np.mean(values)) if values else None
-    decided["value_of_next_label"] = values[-1] if values else None
+    decided["value_per_label"] = settled(float(np.mean(values))) if values else None
+    decided["value_of_next_label"] = settled(values[-1]) if values else None
     earlier = [_read_round(trainer, n).get("value_per_label") for n in range(1, number)]
     drops = [value for value in [*earlier, decided["value_per_label"]] if value is not None]
     if reason := labels_buy_too_little(drops, int(trainer.inputs.ledger.remaining)):

@@ -24,6 +24,12 @@ Cache = dict[tuple[str, tuple[str, ...]], Float[ndarray, "N F"]]  # prompt id an
 WHITENING, REFERENCE = "whitening.safetensors", "reference_shares.json"
 RARE = 1 / 16  # share of an answer that none of the reference's samples gave
 DRAWS = 64
+DIGITS = 6  # kept of what goes on disk or into an update
+
+
+def settled(value: float) -> float:
+    """Return a value without its last digits, which depend on where in memory a matrix happens to lie."""
+    return round(value, DIGITS)
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,8 @@ class AnswerJudge:
             by_name = {table.names[n]: float(draws[n].mean()) for n in rows}
             rewards = [by_name.get(r.answer or "", 0.0) if r.finished else 0.0 for r in sampled[place]]
             some = sum(by_name.values())
-            judged[place] = Judgement(tuple(rewards), tuple(abs(2 * reward - some) for reward in rewards))
+            trust = [abs(2 * reward - some) for reward in rewards]
+            judged[place] = Judgement(tuple(map(settled, rewards)), tuple(map(settled, trust)))
         return judged
 
     def whiten_on(self, prompts: Sequence[Prompt], texts: Sequence[Texts]) -> None:

@@ -18,6 +18,7 @@ FOLDS = 4
 SPREAD_SD = 0.5  # prior standard deviation of log spread: a few labels cannot tell spreads apart
 SHARE_SLOPE, SHARE_SD = 2.0, 2.0  # prior of the coefficient of an answer's share of the samples
 NONE_SD = 2.0  # prior standard deviation of the logit that none of the answers is right
+NEWTON_STEPS = 3
 FLIP_RATE = 0.02  # chance that a verdict is the opposite of the truth, where nothing else is known
 
 
@@ -234,7 +235,32 @@ def _maximise(
         value = -np.log(total).sum() + 0.5 * deviation @ (precision * deviation)
         return float(value), rows.T @ (p - joint) + precision * deviation
 
-    return np.asarray(minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x)
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x
+    return _polish(rows, groups, likelihood, mean, precision, np.asarray(found))
+
+
+def _polish(
+    rows: ndarray, groups: ndarray, likelihood: ndarray, mean: ndarray, precision: ndarray, theta: ndarray
+) -> Float[ndarray, " Q"]:
+    """Take Newton's steps to the last digits, so that the end does not depend on the way there.
+
+    H = Λ + Σ_x [Cov_p(x_c) - Cov_r(x_c)], p before the labels and r given them. Where it is not positive definite the
+    point is left as it is.
+    """
+    count = groups.max() + 1
+    for _ in range(NEWTON_STEPS):
+        p, joint, _ = _weigh(rows @ theta, groups, likelihood)
+        means = np.zeros((2, count, rows.shape[1]))
+        np.add.at(means[0], groups, p[:, None] * rows)
+        np.add.at(means[1], groups, joint[:, None] * rows)
+        curvature = rows.T @ ((p - joint)[:, None] * rows) - means[0].T @ means[0] + means[1].T @ means[1]
+        gradient = rows.T @ (p - joint) + precision * (theta - mean)
+        try:
+            step = cho_solve(cho_factor(np.diag(precision) + curvature, lower=True), gradient)
+        except np.linalg.LinAlgError:
+            return theta
+        theta = theta - step
+    return theta
 
 
 def _covariance(
