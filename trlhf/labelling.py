@@ -56,10 +56,10 @@ class Archive:
         ]
 
     def load(self, path: Path) -> None:
-        """Add what `rows` gave to a file."""
+        """Take up what `rows` gave to a file; read twice it counts once."""
         for row in files.read_jsonl(path):
-            for text, (answer, count) in row["samples"].items():
-                self._keep(row["prompt_id"], row["round"], text, answer, count)
+            samples = {text: (answer, count) for text, (answer, count) in row["samples"].items()}
+            self._samples.setdefault(row["prompt_id"], {})[row["round"]] = samples
 
     def shares(self, labels: Sequence[Label]) -> tuple[list[float], list[float]]:
         """Return for each verdict its answer's share of the samples, and 1 if it was right.

@@ -257,7 +257,7 @@ def candidates(shift: int) -> list[Candidate]:
     ]
 
 
-AT_RANDOM = {"acquisition": "uniform", "update": "plain", "gate": False, "round_share": 0.0}
+AT_RANDOM = dict(acquisition="uniform", update="plain", label_prompts="pool", gate=False, round_share=0.0)
 
 
 class Dies(ExactVerifier):

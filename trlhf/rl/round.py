@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
 from trlhf.config import Config
@@ -166,16 +168,22 @@ class Round:
     def _judge(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]]) -> dict[str, Judgement]:
         """Return rewards and trust of the exact prompts that neither labels nor the reward model decide.
 
-        Under a targeted update that is the answer model's part; where people err often, also on verified prompts. A
+        Under a targeted update that is the answer model's part; where people err often, also on verified prompts. What
+        it is not expected to tell is the reward model's part, where ``rl.unverified_share`` asks for such prompts. A
         prompt none of whose advantages reaches ``targeting.least_trust`` is skipped: no trust in any.
         """
         config, rng = self.config, numpy_rng(self.config.seed, "rl", "judge", self.state.step)
-        undecided = [
-            i
-            for i, prompt in enumerate(prompts)
-            if prompt.task == "exact"
-            and (self.knowledge.right_answer(prompt.id) is None or (self.judge and self.flip_rate > NOISY))
-        ]
+        trusted = {prompt.id for prompt in self.trusted()}
+        scored = config.rl.unverified_share and config.rl.unverified_reward == "reward_model"
+        undecided = []
+        for i, prompt in enumerate(prompts):
+            if prompt.task != "exact":
+                continue
+            if self.knowledge.right_answer(prompt.id) is not None:
+                if self.judge is not None and self.flip_rate > NOISY:
+                    undecided.append(i)
+            elif prompt.id in trusted or not scored:
+                undecided.append(i)
         if not undecided:
             return {}
         asked, samples = [prompts[i] for i in undecided], [sampled[i] for i in undecided]
@@ -216,50 +224,45 @@ class Round:
         return [p for p in self.unverified if outlook.get(p.id, (0.0, 0.0))[1] >= least]
 
     def _draw_prompts(self, rng: np.random.Generator) -> list[Prompt]:
+        """Draw a step's prompts: decided ones, open ones and, by ``rl.unverified_share``, some that nothing decides.
+
+        Where too few are decided, more of the last than were asked for. A targeted update that has nothing else looks
+        at such prompts too: their samples may be judged with trust by now.
+        """
         rl = self.config.rl
         total = rl.prompts_per_step
-        if self.config.targeting.update == "targeted":
-            return self._draw_targeted(rng)
-        unverified = self.unverified if rl.unverified_share else []
-        n_open = min(len(self.open), round(total * rl.open_share) if self.exact or unverified else total)
-        wanted = min(len(unverified), round(total * rl.unverified_share))
-        rates = [self.state.pass_rates.get(prompt.id) for prompt in self.exact]
-        weights = training_weights(
-            rates,
-            min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt),  # a rate comes from either
-            rl.samples_per_prompt,
-            self.config.targeting.update,
-        )
-        n_exact = min(len(self.exact), max(0, total - n_open - wanted))
-        n_unverified = total - n_open - n_exact  # where too few prompts can be verified, more than were asked for
+        decided, weights = self._decided()
+        known = {prompt.id for prompt in decided}
+        others = [p for p in self.unverified if p.id not in known] if rl.unverified_share else []
+        n_open = min(len(self.open), round(total * rl.open_share) if decided or others else total)
+        wanted = min(len(others), round(total * rl.unverified_share))
+        n_decided = min(len(decided), max(0, total - n_open - wanted))
+        n_others = total - n_open - n_decided
         chosen = (
-            [self.exact[i] for i in rng.choice(len(self.exact), n_exact, replace=False, p=weights)] if n_exact else []
+            [decided[i] for i in rng.choice(len(decided), n_decided, replace=False, p=weights)] if n_decided else []
         )
         chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
-        chosen += [unverified[i] for i in rng.permutation(len(unverified))[:n_unverified]]
-        return chosen
+        chosen += [others[i] for i in rng.permutation(len(others))[:n_others]]
+        return chosen or [self.unverified[i] for i in rng.permutation(len(self.unverified))[:total]]
 
-    def _draw_targeted(self, rng: np.random.Generator) -> list[Prompt]:
-        """Draw prompts in proportion to U, P(mixed group), and of those that no label decides times the trust."""
-        rl, state = self.config.rl, self.state
+    def _decided(self) -> tuple[list[Prompt], Float[ndarray, " N"]]:
+        """Return the prompts whose rewards labels, or the answer model with trust, decide; and how they are drawn.
+
+        Plain: all alike. Else in proportion to U, P(mixed group). Targeted: times the trust in what no label decides,
+        and times (1 - pass rate)^η for what labels verify. Where the model alone says what is right, what is seldom
+        right may be what the model has wrong, so there the factor is that of a pass rate of a half.
+        """
+        targeting, state = self.config.targeting, self.state
         trusted = self.trusted()
-        prompts = [*self.exact, *trusted]
-        n_open = min(len(self.open), round(rl.prompts_per_step * rl.open_share) if prompts else rl.prompts_per_step)
         rates = [state.pass_rates.get(p.id) for p in self.exact] + [state.outlook[p.id][0] for p in trusted]
-        trust = np.array([1.0] * len(self.exact) + [state.outlook[p.id][1] for p in trusted])
-        samples = min(self.config.targeting.samples_per_prompt, rl.samples_per_prompt)
-        weights = trust
-        if prompts:
-            # Where the model alone says what is right, what is seldom right may be what the model has wrong.
-            hardness = self.config.targeting.hardness * np.array([1.0] * len(self.exact) + [0.0] * len(trusted))
-            middle = np.where(hardness == 0, 0.5**self.config.targeting.hardness, 1.0)  # (1 - p)^η of one half right
-            weights = training_weights(rates, samples, rl.samples_per_prompt, "targeted", hardness) * trust * middle
-        count = min(len(prompts), rl.prompts_per_step - n_open)
-        chosen = []
-        if count:
-            picks = rng.choice(len(prompts), count, replace=False, p=weights / weights.sum())
-            chosen = [prompts[i] for i in picks]
-        return chosen + [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
+        group = self.config.rl.samples_per_prompt
+        samples = min(targeting.samples_per_prompt, group)  # a rate comes from either
+        if targeting.update != "targeted" or not rates:
+            return self.exact, training_weights(rates, samples, group, targeting.update)
+        hardness = targeting.hardness * np.array([1.0] * len(self.exact) + [0.0] * len(trusted))
+        trust = np.array([1.0] * len(self.exact) + [state.outlook[p.id][1] * 0.5**targeting.hardness for p in trusted])
+        weights = training_weights(rates, samples, group, targeting.update, hardness) * trust
+        return [*self.exact, *trusted], np.asarray(weights / weights.sum())
 
 
 def majority(rollouts: Sequence[Rollout], knowledge: Knowledge) -> Judgement:
