@@ -166,7 +166,8 @@ MUTANTS: Table = {
     },
     "trlhf/losses/dpo.py": {
         "dpo_loss": [
-            ("sign", "return -logsigmoid", "return logsigmoid"),
+            ("sign", "losses = -logsigmoid", "losses = logsigmoid"),
+            ("weight", "losses * weights", "losses"),
             ("sign", "chosen_logprobs - reference_chosen", "chosen_logprobs + reference_chosen"),
             ("sign", "chosen > rejected", "chosen < rejected"),
             ("swap", "logsigmoid(chosen - rejected)", "logsigmoid(rejected - chosen)"),

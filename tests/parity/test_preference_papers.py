@@ -32,6 +32,10 @@ def test_dpo_loss(pairs: int, beta: float) -> None:
     assert leaves[0].grad is not None and leaves[1].grad is not None
     assert leaves[0].grad.tolist() == pytest.approx([-x for x in slope], abs=1e-12)
     assert leaves[1].grad.tolist() == pytest.approx(slope, abs=1e-12)
+    weights = torch.linspace(0.1, 0.9, len(both), dtype=torch.float64)
+    weighted, _ = dpo_loss(*tensors, 3.0, beta, weights)
+    terms = [c * -math.log(sigmoid(w - lo)) for c, (w, lo) in zip(weights.tolist(), both, strict=True)]
+    assert weighted.item() == pytest.approx(sum(terms) / 3.0, abs=1e-12)
     assert metrics["chosen_reward"] == pytest.approx(sum(r_w), abs=1e-12)
     assert metrics["rejected_reward"] == pytest.approx(sum(r_l), abs=1e-12)
     assert metrics["correct"] == sum(w > lo for w, lo in both)

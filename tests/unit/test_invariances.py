@@ -214,7 +214,7 @@ def test_padding_changes_neither_gradient_nor_score_of_the_reward_model(
             scores = one.model.logits([label.prompt for label in labels()[0]], [x.response for x in labels()[0]])
             found.append((one.gradients[0], one.metrics[0], scores))
     for gradients, metrics, scores in found[1:]:
-        assert farthest(gradients, found[0][0]) < 1e-6
+        assert farthest(gradients, found[0][0]) < 5e-6
         assert metrics == pytest.approx(found[0][1], rel=1e-5)
         torch.testing.assert_close(scores, found[0][2], atol=1e-5, rtol=0)
 
