@@ -131,19 +131,21 @@ class Round:
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
         if self.exact or self.open:
             return
-        if self.trusted():
-            return
-        if not (self.unverified and self.config.rl.unverified_share):
+        trusted, share = len(self.trusted()), self.config.rl.unverified_share
+        if not trusted and not (self.unverified and share):
             raise UserError(
                 "rl: no prompt can be learned from: no verdict found a right answer and there are no preferences; "
                 f"raise targeting.budget={self.config.targeting.budget}, improve the SFT model first, or let the "
                 "reward model decide, less its uncertainty: rl.unverified_share=0.5; first delete the folder "
                 f"{self.stage.path} (labels already bought are kept)"
             )
+        scored = (
+            f"; else the reward model decides, less its uncertainty (rl.unverified_share={share:g})" if share else ""
+        )
         log.warning(
-            "round %d: no right answer is known yet, so it learns on unverified prompts alone, where the reward model "
-            "decides, less its uncertainty (rl.unverified_share=%g)",
-            self.state.round, self.config.rl.unverified_share,
+            "round %d: no right answer is known yet, so it learns on unverified prompts alone, %d of which the answer "
+            "model judges with trust%s",
+            self.state.round, trusted, scored,
         )  # fmt: skip
 
     def sample_groups(self) -> list[Group]:
