@@ -25,6 +25,7 @@ from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner, build_pairs
 from trlhf.rl.experience import Group, score_groups
+from trlhf.rl.judge import Judgement
 from trlhf.rl.ppo import PpoLearner
 from trlhf.roles import Role
 from trlhf.rollout import Sampling, sample_responses
@@ -181,6 +182,31 @@ def test_open_pairs_need_a_gap_and_avoid_the_worst() -> None:
     assert build_pairs([group(0.50, 0.55, 0.52)], 4, random.Random(0)) == []  # differences that mean nothing
     same = replace(group(0.9, 0.1), rollouts=(rollout("5"), rollout("5")))
     assert build_pairs([same], 4, random.Random(0)) == []
+
+
+def test_a_judgement_takes_the_place_of_the_reward_model() -> None:
+    prompts = [Prompt(name, PROMPTS[0].messages) for name in ("judged", "verified")]
+    knowledge = Knowledge([verdict("verified", "5", "right")])
+    sampled = [[rollout("5"), rollout("6"), rollout("6", finished=False)] for _ in prompts]
+    judged = {"judged": Judgement((0.8, 0.1, 0.0), (0.7, 0.6, 0.0))}
+    config = replace(RL, missing_eos_penalty=0.5)
+    groups = score_groups(prompts, [[1]] * 2, sampled, knowledge, None, config, judged)
+    assert groups[0].rewards == pytest.approx((0.8, 0.1, -0.5)) and groups[1].rewards == (1.0, 0.0, -0.5)
+    assert groups[0].trust == (0.7, 0.6, 0.0) and groups[0].verified == (False,) * 3
+    assert groups[1].weights == (1.0, 1.0, 1.0) and all(groups[1].verified)
+
+
+def test_pairs_that_the_answer_model_orders_weigh_what_it_trusts() -> None:
+    rollouts = tuple(rollout(a, tokens=(n, EOS)) for n, a in enumerate("5566"))
+    rewards, trust = (0.8, 0.8, 0.1, 0.1), (0.7, 0.0, 0.6, 0.4)
+    group = Group(PROMPTS[0], (1,), rollouts, rewards, (False,) * 4, trust)
+    pairs = build_pairs([group], 4, random.Random(0))
+    assert {(p.chosen_ids, p.rejected_ids, p.weight) for p in pairs} == {
+        ((0, EOS), (2, EOS), 0.6),
+        ((0, EOS), (3, EOS), 0.4),
+    }
+    assert not any(pair.verified for pair in pairs)
+    assert build_pairs([replace(group, trust=(0.0,) * 4)], 4, random.Random(0)) == []
 
 
 # ---- learners ----

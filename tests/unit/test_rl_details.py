@@ -32,6 +32,7 @@ from trials import (
     stir,
 )
 
+from trlhf.advantages import leave_one_out, whiten
 from trlhf.config import ModelConfig, RlConfig, build_config
 from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive
@@ -83,6 +84,21 @@ def test_advantages_do_not_depend_on_the_rewards_scale(tiny_model_dir: Path) -> 
     found, scaled = (trial.learner._collect(batch)[0].advantages for batch in (groups, other))
     assert found.abs().max() > 0.5
     torch.testing.assert_close(scaled, found, atol=1e-5, rtol=0)
+
+
+def test_trust_weighs_advantages_before_they_are_whitened(tiny_model_dir: Path) -> None:
+    trial = Trial(tiny_model_dir, ALGORITHMS["leave_one_out"])
+    assert isinstance(trial.learner, ppo.PpoLearner)
+    groups = sampled_groups(2)
+    size = len(groups[0].rewards)
+    trust = tuple(n / size for n in range(size))
+    trusted = [replace(groups[0], trust=trust), *groups[1:]]
+    experience, _ = trial.learner._collect(trusted)
+    weights = torch.tensor([weight for group in trusted for weight in group.weights])
+    scores = torch.tensor([group.rewards for group in trusted])
+    expected = (leave_one_out(scores).flatten() * weights)[:, None].expand(experience.mask.shape)
+    torch.testing.assert_close(experience.advantages, whiten(expected, experience.mask))
+    assert not replace(groups[0], trust=(0.0,) * size).mixed and replace(groups[0], trust=trust).mixed
 
 
 @pytest.mark.parametrize("advantage", ["leave_one_out", "gae"])
