@@ -90,5 +90,9 @@ def test_the_file_holds_all_of_it(archive: Archive, tmp_path: Path) -> None:
     again = Archive([*EXACT, OPEN])
     again.load(tmp_path / "samples.jsonl")
     assert again.rows() == archive.rows()
+    again.load(tmp_path / "samples.jsonl")  # as a round does that was bought and then prepared
+    assert again.rows() == archive.rows()
+    assert again.sampled("a") == [{"first 5": ("5", 1), "again 5": ("5", 2), "it is 6": ("6", 1)}]
+    assert again.sampled("c") == [{}] and again.sampled("unknown") == []
     labels = [label("a", "5", "right"), label("b", "8", "wrong", number=2)]
     assert again.apply(labels) == archive.apply(labels) and again.shares(labels) == archive.shares(labels)
