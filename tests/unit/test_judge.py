@@ -20,7 +20,7 @@ from trlhf.rl.ask import (
     flip_rate,
     look,
     may_be_asked,
-    test_uncertainty,
+    tested_uncertainty,
 )
 from trlhf.rl.judge import REFERENCE, AnswerJudge, texts_of, verdicts_of
 from trlhf.rl.round import majority
@@ -28,7 +28,6 @@ from trlhf.targeting import Candidate
 from trlhf.types import Label, Prompt, Rollout
 
 BY_ANSWERS = ("v_optimal", "scrambled", "d_optimal", "max_entropy", "double_thompson", "least_agreed", "apl")
-test_uncertainty.__test__ = False  # type: ignore[attr-defined]  # a function of the library, no test
 
 
 def prompt(name: str) -> Prompt:
@@ -213,10 +212,10 @@ def test_the_uncertainty_is_tested_on_uniform_verdicts_alone() -> None:
     p = np.linspace(0.5, 0.99, 80)
     told = [label(str(n), "1", "right" if rng.random() < q else "wrong") for n, q in enumerate(p)]
     rows = [{"prompt_id": str(n), "answer": "1", "part": UNIFORM, "probability": float(q)} for n, q in enumerate(p)]
-    assert test_uncertainty(rows, told).passed
+    assert tested_uncertainty(rows, told).passed
     shuffled = [row | {"probability": float(q)} for row, q in zip(rows, rng.permutation(p), strict=True)]
-    assert not test_uncertainty(shuffled, told).passed
-    assert test_uncertainty([row | {"part": "targeted"} for row in rows], told).n == 0
+    assert not tested_uncertainty(shuffled, told).passed
+    assert tested_uncertainty([row | {"part": "targeted"} for row in rows], told).n == 0
 
 
 def test_the_majority_decides_where_labels_do_not() -> None:

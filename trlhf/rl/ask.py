@@ -31,7 +31,7 @@ from trlhf.targeting.choose import Candidate
 from trlhf.targeting.frontier import frontier_value
 from trlhf.targeting.gate import gate, mahalanobis_distances, outlier_bound
 from trlhf.targeting.trust import TrustTest, trust_test
-from trlhf.types import Label, Prompt, Question
+from trlhf.types import Label, Prompt, Question, Rollout
 
 UNIFORM, REPEAT = "uniform", "repeat"
 FRONTIER_VALUE = 0.2  # least P(a group is mixed) of a prompt on the frontier
@@ -134,7 +134,7 @@ def may_be_asked(
     if len(set(number[usual].tolist())) >= 20:
         distances = mahalanobis_distances(table.answers.features, table.answers.features[usual])
         bound = outlier_bound(table.answers.features[usual], OUTLIER_PERCENTILE, number[usual])
-    tokens = [_tokens(candidates[table.places[p]], text) for p, text in zip(number, table.texts, strict=True)]
+    tokens = [rollout.token_ids for rollout in typical_rollouts(table, candidates)]
     reasons = gate(tokens, [True] * len(tokens), distances, bound)
     for row, reason in enumerate(reasons):
         if reason is not None and open_[row]:
@@ -271,7 +271,7 @@ def flip_rate(labels: Sequence[Label], prior: float = 0.02, weight: float = 25.0
     return float(np.clip((1 - np.sqrt(max(0.0, 1 - 2 * share))) / 2, 0.005, 0.45)), len(pairs)
 
 
-def test_uncertainty(predictions: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> TrustTest:
+def tested_uncertainty(predictions: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> TrustTest:
     """Test, on the verdicts that chance chose, whether the uncertainty before they were bought foretold the error.
 
     The error is whether the likelier outcome failed to come, 0 or 1. (|outcome - p| would be larger for uncertain
@@ -298,13 +298,10 @@ def _chosen(
     return Chosen(Question("verdict", prompt, (table.texts[row],), answer, why, number), "targeted", p, value)
 
 
-def _tokens(candidate: Candidate, text: str) -> tuple[int, ...]:
-    return next(rollout.token_ids for rollout in candidate.rollouts if rollout.text == text)
-
-
-def positions(outlook: Outlook, candidates: Sequence[Candidate]) -> dict[str, Int[ndarray, " n"]]:
-    """Return prompt id → rows of its answers in the table."""
-    return {
-        candidates[place].prompt.id: np.flatnonzero(outlook.table.answers.prompts == n)
-        for n, place in enumerate(outlook.table.places)
-    }
+def typical_rollouts(table: AnswerTable, candidates: Sequence[Candidate]) -> list[Rollout]:
+    """Return for each answer the sample whose text the table holds, [C]."""
+    owners = [candidates[table.places[n]] for n in table.answers.prompts]
+    return [
+        next(rollout for rollout in owner.rollouts if rollout.text == text)
+        for owner, text in zip(owners, table.texts, strict=True)
+    ]

@@ -27,10 +27,11 @@ from trlhf.rl.ask import (
     flip_rate,
     look,
     may_be_asked,
-    test_uncertainty,
+    tested_uncertainty,
+    typical_rollouts,
 )
 from trlhf.rl.judge import settled, texts_of
-from trlhf.rl.round import Round, samples_file
+from trlhf.rl.round import Round, decisions_file, samples_file
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
 from trlhf.targeting import Candidate, choose_pairs, choose_verdicts, fit_top_answer_model
@@ -87,18 +88,18 @@ def buy_labels(trainer: Round) -> None:
             if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
                 new.add(candidate.rollouts, number)
         stage.write_jsonl(samples_file(number), new.rows())
-        stage.write_json(f"round_{number:02d}.json", decided)
+        stage.write_json(decisions_file(number), decided)
         return chosen
 
     questions = settle_questions(stage, f"round_{number:02d}_questions.jsonl", choose)
-    decided = files.read_json(stage.path / f"round_{number:02d}.json")  # as it was decided, by whichever start
+    decided = _read_round(trainer, number)  # as it was decided, by whichever start
     bought = inputs.ledger.ask(questions, inputs.labeler)
     labels = [label for label in inputs.ledger.labels() if label.round <= number]
     knowledge = Knowledge(labels)
     _note_pass_rates(trainer, candidates, knowledge)
     if targeting.update == "targeted":
         _note_outlook(trainer, exact, labels, knowledge)
-    stage.write_json(f"round_{number:02d}.json", decided | _outcome(trainer, questions, bought, labels, knowledge))
+    stage.write_json(decisions_file(number), decided | _outcome(trainer, questions, bought, labels, knowledge))
 
 
 def _affordable(trainer: Round) -> int:
@@ -200,12 +201,9 @@ def _behind_the_gate(
 def _implicit_rewards(trainer: Round, candidates: Sequence[Candidate], outlook: Outlook) -> Float[np.ndarray, " C"]:
     """Return β·log π/π_ref of one response with each answer (Rafailov et al. 2023, sec. 4)."""
     rl, table = trainer.config.rl, outlook.table
-    owners = [candidates[table.places[n]] for n in table.answers.prompts]
-    rollouts = [
-        next(rollout for rollout in owner.rollouts if rollout.text == text)
-        for owner, text in zip(owners, table.texts, strict=True)
-    ]
-    prompts = [encode_prompt(trainer.tokenizer, owner.prompt.messages) for owner in owners]
+    rollouts = typical_rollouts(table, candidates)
+    owners = [candidates[table.places[n]].prompt for n in table.answers.prompts]
+    prompts = [encode_prompt(trainer.tokenizer, prompt.messages) for prompt in owners]
     pad_id, reference = int(trainer.tokenizer.pad_token_id), trainer.inputs.roles.reference
     rewards = []
     for start in range(0, len(rollouts), rl.microbatch_size):
@@ -226,7 +224,7 @@ def _tested(trainer: Round, labels: Sequence[Label]) -> TrustTest | None:
         rows += files.read_jsonl(path) if path.exists() else []
     if sum(row["part"] == UNIFORM for row in rows) < LEAST_TESTED:
         return None
-    return test_uncertainty(rows, labels)
+    return tested_uncertainty(rows, labels)
 
 
 def _at_random(
@@ -280,6 +278,7 @@ def _note_outlook(
     trainer.inputs.archive.load(trainer.stage.path / samples_file(trainer.state.round))
     judge = trainer.fit_judge(labels)
     open_ = [candidate for candidate in candidates if knowledge.right_answer(candidate.prompt.id) is None]
+    trainer.judge = judge  # `prepare` needs the same
     if judge is None or not open_:
         return
     rng = numpy_rng(trainer.config.seed, "rl", "outlook", trainer.state.round)
@@ -328,7 +327,7 @@ def _outcome(
 
 
 def _read_round(trainer: Round, number: int) -> dict[str, Any]:
-    decided: dict[str, Any] = files.read_json(trainer.stage.path / f"round_{number:02d}.json")
+    decided: dict[str, Any] = files.read_json(trainer.stage.path / decisions_file(number))
     return decided
 
 

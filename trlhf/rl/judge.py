@@ -116,7 +116,7 @@ class AnswerJudge:
             read = self.features([prompts[i] for i, *_ in rows], [text for _, text, *_ in rows]) if rows else None
         else:
             read = np.array([known[prompts[i].id, text] for i, text, *_ in rows]) if rows else None
-        assert self._whitening is not None, "whiten_on or load_whitening first"
+        assert self._whitening is not None, "whiten_on or load first"
         pooled = np.zeros((0, self._whitening.map.shape[1])) if read is None else self._whitening(read)
         features, names, counts, shares, numbers, kept = [], [], [], [], [], []
         likelihood, likelihood_none, places = list[float](), [], []

@@ -10,7 +10,7 @@ from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Learner
 from trlhf.rl.health import after_round, after_step, mean
 from trlhf.rl.held_out import FEWEST, pass_rates
-from trlhf.rl.round import Round
+from trlhf.rl.round import Round, decisions_file
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.seeding import torch_generator
 
@@ -29,7 +29,7 @@ def judge_step(trainer: Round) -> dict[str, float]:
         return {}
     rates = measure_held_out(trainer)
     state.health = after_round(state.health, state.step, rates, rl.held_out_patience)
-    name, accuracy = f"round_{state.round:02d}.json", mean(rates) if rates else None
+    name, accuracy = decisions_file(state.round), mean(rates) if rates else None
     decided = files.read_json(trainer.stage.path / name)
     trainer.stage.write_json(name, decided | {"held_out": {"accuracy": accuracy, "pass_rates": rates}})
     if accuracy is not None:

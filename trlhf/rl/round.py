@@ -70,6 +70,11 @@ class RlInputs:
     feature_cache: Cache = field(default_factory=dict)
 
 
+def decisions_file(number: int) -> str:
+    """Return the name of the file with what a round decided, and why."""
+    return f"round_{number:02d}.json"
+
+
 def samples_file(number: int) -> str:
     """Return the name of the file with a round's samples of labelled prompts."""
     return f"round_{number:02d}_samples.jsonl"
@@ -119,7 +124,7 @@ class Round:
         self.inputs.archive.load(self.stage.path / samples_file(self.state.round))
         labels = [label for label in self.inputs.ledger.labels() if label.round <= self.state.round]
         self.knowledge = Knowledge(labels)
-        if self.config.targeting.update == "targeted":
+        if self.config.targeting.update == "targeted" and self.judge is None:
             self.judge = self.fit_judge(labels)
         self.state.anchors = still_trusted(self.state.anchors, self.knowledge)
         self.exact = [p for p in self.pool if p.task == "exact" and self.knowledge.right_answer(p.id) is not None]

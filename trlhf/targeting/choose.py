@@ -1,4 +1,4 @@
-"""What to ask next, and what to train on: the uniform and the frontier strategy."""
+"""What to ask next, and what to train on: the uniform and the frontier acquisition."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from trlhf.knowledge import Knowledge
+from trlhf.targeting.acquisition import top_batch
 from trlhf.targeting.frontier import frontier_value, top_answer_probability
 from trlhf.types import Prompt, Question, Rollout
 
@@ -47,15 +48,7 @@ def spread(scores: Float[ndarray, " N"], kinds: Sequence[str], count: int) -> li
 
     A kind whose best prompts are worth little is still picked little: the rule trades value against variety.
     """
-    picks: Counter[str] = Counter()
-    left = set(range(len(scores)))
-    chosen: list[int] = []
-    while left and len(chosen) < count:
-        best = max(left, key=lambda i: (scores[i] / (1 + picks[kinds[i]]), -i))
-        left.remove(best)
-        picks[kinds[best]] += 1
-        chosen.append(best)
-    return chosen
+    return [int(i) for i in top_batch(np.maximum(scores, 0), np.arange(len(scores)), kinds, count, per_group=1)]
 
 
 def verdict_values(
@@ -97,7 +90,7 @@ def choose_verdicts(
         candidates: prompts with samples; those whose right answer is known, or without an open answer, are passed over.
         knowledge: what the labels so far say.
         count: at most so many.
-        coefficients: of `fit_top_answer_model` for the frontier strategy; None for uniform.
+        coefficients: of `fit_top_answer_model` for the frontier acquisition; None for uniform.
         group: samples per prompt in an update.
         rng: for the uniform choice.
         round_number: noted in the ledger.
