@@ -15,12 +15,12 @@ from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
 from trlhf.rl.ask import (
     UNIFORM,
+    check_uncertainty,
     choose_repeats,
     choose_targeted,
     flip_rate,
     look,
     may_be_asked,
-    tested_uncertainty,
 )
 from trlhf.rl.judge import REFERENCE, AnswerJudge, texts_of, verdicts_of
 from trlhf.rl.round import majority
@@ -212,10 +212,10 @@ def test_the_uncertainty_is_tested_on_uniform_verdicts_alone() -> None:
     p = np.linspace(0.5, 0.99, 80)
     told = [label(str(n), "1", "right" if rng.random() < q else "wrong") for n, q in enumerate(p)]
     rows = [{"prompt_id": str(n), "answer": "1", "part": UNIFORM, "probability": float(q)} for n, q in enumerate(p)]
-    assert tested_uncertainty(rows, told).passed
+    assert check_uncertainty(rows, told).passed
     shuffled = [row | {"probability": float(q)} for row, q in zip(rows, rng.permutation(p), strict=True)]
-    assert not tested_uncertainty(shuffled, told).passed
-    assert tested_uncertainty([row | {"part": "targeted"} for row in rows], told).n == 0
+    assert not check_uncertainty(shuffled, told).passed
+    assert check_uncertainty([row | {"part": "targeted"} for row in rows], told).n == 0
 
 
 def test_the_majority_decides_where_labels_do_not() -> None:

@@ -271,7 +271,7 @@ def flip_rate(labels: Sequence[Label], prior: float = 0.02, weight: float = 25.0
     return float(np.clip((1 - np.sqrt(max(0.0, 1 - 2 * share))) / 2, 0.005, 0.45)), len(pairs)
 
 
-def tested_uncertainty(predictions: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> TrustTest:
+def check_uncertainty(predictions: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> TrustTest:
     """Test, on the verdicts that chance chose, whether the uncertainty before they were bought foretold the error.
 
     The error is whether the likelier outcome failed to come, 0 or 1. (|outcome - p| would be larger for uncertain

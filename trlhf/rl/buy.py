@@ -22,12 +22,12 @@ from trlhf.rl.ask import (
     UNIFORM,
     Chosen,
     Outlook,
+    check_uncertainty,
     choose_repeats,
     choose_targeted,
     flip_rate,
     look,
     may_be_asked,
-    tested_uncertainty,
     typical_rollouts,
 )
 from trlhf.rl.judge import settled, texts_of
@@ -224,7 +224,7 @@ def _tested(trainer: Round, labels: Sequence[Label]) -> TrustTest | None:
         rows += files.read_jsonl(path) if path.exists() else []
     if sum(row["part"] == UNIFORM for row in rows) < LEAST_TESTED:
         return None
-    return tested_uncertainty(rows, labels)
+    return check_uncertainty(rows, labels)
 
 
 def _at_random(
