@@ -224,11 +224,15 @@ class Round:
         return AnswerJudge(self.inputs.features, self.stage.path, self.inputs.feature_cache)
 
     def trusted(self) -> list[Prompt]:
-        """Return the prompts that no label decides and that the answer model is expected to tell something about."""
+        """Return the prompts that no label decides and that the answer model is expected to tell something about.
+
+        Without the anchors: what they hold still, no estimate is to move.
+        """
         if self.judge is None:
             return []
         least, outlook = self.config.targeting.least_trust, self.state.outlook
-        return [p for p in self.unverified if outlook.get(p.id, (0.0, 0.0))[1] >= least]
+        held = {anchor.prompt_id for anchor in self.state.anchors}
+        return [p for p in self.unverified if p.id not in held and outlook.get(p.id, (0.0, 0.0))[1] >= least]
 
     def _draw_prompts(self, rng: np.random.Generator) -> list[Prompt]:
         """Draw a step's prompts: decided ones, open ones and, by ``rl.unverified_share``, some that nothing decides.
