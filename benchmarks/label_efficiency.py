@@ -40,7 +40,7 @@ from label_arms import (
 from label_cells import Grid, lighten, make_reward, make_sft, run_cell
 from label_picture import picture
 from label_summary import Results, summarise, tables
-from provenance import RESULTS, ROOT, commit, from_root, provenance
+from provenance import RESULTS, ROOT, commit, from_root, provenance, public
 
 from trlhf.errors import UserError
 from trlhf.files import read_json, write_bytes, write_json
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = summarise(Results(found, tuple(budgets)), options.draws)
     document = {
         **{**provenance(), **begun},
-        **{"folder": from_root(folder), "overrides": list(overrides), "schedule": list(SCHEDULE), "failed": failed},
+        **{"folder": public(str(folder)), "overrides": list(overrides), "schedule": list(SCHEDULE), "failed": failed},
         **{"wanted": len(cells), "finished": len(found)},
         **results,
     }

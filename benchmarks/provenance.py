@@ -29,7 +29,7 @@ def from_root(path: Path) -> str:
 
 def provenance() -> dict[str, Any]:
     """Return the command line, the commit, the time and the machine with its load now."""
-    command = " ".join(["python", *map(shlex.quote, [from_root(Path(sys.argv[0])), *sys.argv[1:]])])
+    command = " ".join(["python", *map(shlex.quote, map(public, sys.argv))])
     return {
         "command": command,
         "commit": commit(),
@@ -43,6 +43,16 @@ def provenance() -> dict[str, Any]:
             "system": platform.platform(),
         },
     }
+
+
+def public(argument: str) -> str:
+    """Return an argument of the command line without the folders above the repository, or above what lies elsewhere."""
+    key, separator, value = argument.rpartition("=")
+    path = Path(value)
+    if not value or not (path.is_absolute() or path.exists()):
+        return argument
+    inside = path.resolve().is_relative_to(ROOT)
+    return key + separator + (from_root(path) if inside else f"…/{path.name}")
 
 
 def _git(*arguments: str) -> str:

@@ -1,0 +1,27 @@
+"""What results say of the command that made them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from provenance import public  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        (str(ROOT / "benchmarks" / "kill.py"), "benchmarks/kill.py"),
+        (f"run.dir={ROOT / 'runs' / 'a'}", "run.dir=runs/a"),
+        ("/somewhere/else/grid", "…/grid"),
+        ("run.dir=/somewhere/else/grid", "run.dir=…/grid"),
+        ("rl.kl_coef=0.1", "rl.kl_coef=0.1"),
+        ("--folder", "--folder"),
+        ("key=", "key="),
+    ],
+)
+def test_a_command_names_no_folder_above_the_repository(argument, shown):
+    assert public(argument) == shown
