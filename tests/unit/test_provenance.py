@@ -1,14 +1,11 @@
 """What results say of the command that made them."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from provenance import public
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from provenance import public  # noqa: E402
 
 
 @pytest.mark.parametrize(
