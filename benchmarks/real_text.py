@@ -36,14 +36,14 @@ from trlhf.files import write_json
 METRICS = {
     "auc": "answer model, all solutions",
     "within": "answer model, within questions",
-    "features_auc": "its hidden states alone, all",
-    "features_within": "its hidden states alone, within",
-    "heads_auc": "reward stage's heads, all",
-    "heads_within": "reward stage's heads, within",
+    "features_within": "its hidden states alone (w·φ), within questions",
+    "heads_auc": "reward stage's heads, all solutions",
+    "heads_within": "reward stage's heads, within questions",
 }
 HEADS_ARMS = (UNIFORM, "v_optimal")
 QUICK_ARMS = (UNIFORM, "v_optimal")
-QUICK = Settings(budgets=(16, 32), dimension=32)
+QUICK = Settings(budgets=(16, 32), held_out=40, dimension=32)
+QUICK_QUESTIONS = 100
 Cells = dict[tuple[str, int], list[Measure]]
 
 _solutions: Solutions | None = None  # what the processes forked from this one share
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=Settings().batch, help="verdicts between two fits at most")
     parser.add_argument("--heads", type=int, default=4, help="of the reward stage's model; 0: leave it out")
     parser.add_argument("--jobs", type=int, default=1, help="processes at the same time")
-    parser.add_argument("--quick", action="store_true", help="two splits, two arms, 32 verdicts, without the heads")
+    parser.add_argument("--quick", action="store_true", help="100 questions, two splits, two arms, 32 verdicts")
     parser.add_argument("--output", type=Path, default=RESULTS / "real_text.json")
     given = parser.parse_args(arguments)
     settings = Settings(
@@ -155,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, arms, splits = replace(QUICK, pooling=given.pooling), list(given.arms or QUICK_ARMS), 2
     seeds = range(given.first_split, given.first_split + splits)
     results = provenance()
-    _solutions, results["solutions"] = read_solutions(given.data, given.model, given.cache)
+    _solutions, results["solutions"] = read_solutions(
+        given.data, given.model, given.cache, QUICK_QUESTIONS if given.quick else 0
+    )
     results |= {"model": given.model, "settings": asdict(settings), "splits": list(seeds)}
 
     def save(cells: Cells) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from trlhf.rl.judge import texts_of
 from trlhf.seeding import numpy_rng
 from trlhf.sft.gsm8k import marked_solutions
 from trlhf.targeting.choose import Candidate
+from trlhf.targeting.gate import is_repetitive
 from trlhf.types import Label, Prompt, Question, Rollout
 
 
@@ -34,7 +35,8 @@ class Solutions:
     """Marked solutions; nothing but `buy` and `truth` reads the marks.
 
     Attributes:
-        candidates: each question with its solutions, as if a policy had sampled them.
+        candidates: each question with its solutions, as if a policy had sampled them. Tokens are kept of repetitive
+            ones only: the gate asks for nothing else, and asks often.
         marks: whether an answer is right, by prompt id and answer; None (no answer) is wrong.
         rows: where a solution stands in ``pooled``, by prompt id and text.
         pooled: hidden states of the distinct solutions.
@@ -114,13 +116,19 @@ def group(labelled: Sequence[LabelledResponse]) -> tuple[list[Candidate], dict[t
     return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in found.values()], marks
 
 
-def read_solutions(folder: Path, model: str, cache: Path) -> tuple[Solutions, dict[str, int]]:
+def read_solutions(folder: Path, model: str, cache: Path, most: int = 0) -> tuple[Solutions, dict[str, int]]:
     """Read the marked solutions and what the backbone makes of them; the second time from ``cache``.
 
     A change of the weights behind one model name is not noticed: delete the cache then.
 
+    Args:
+        folder: GSM8K's files.
+        model: the backbone: ``micro``, a folder or a hub name.
+        cache: folder.
+        most: questions read, the first ones; 0: all.
+
     Returns:
-        The solutions, and how many were read, used, left out as too long, right.
+        The solutions, and how many there are of what.
 
     Raises:
         UserError: the file is missing or malformed, or there is no such model.
@@ -128,6 +136,8 @@ def read_solutions(folder: Path, model: str, cache: Path) -> tuple[Solutions, di
     if not (folder / SOLUTIONS).is_file():
         raise UserError(f"--data {folder}: there is no {SOLUTIONS}; give the folder of GSM8K's files")
     labelled, _ = marked_solutions(folder, set())
+    first = set(list(dict.fromkeys(label.prompt.id for label in labelled))[: most or None])
+    labelled = [label for label in labelled if label.prompt.id in first]
     reader = RewardModel.from_backbone(model_path(model), ModelConfig(name=model))
     fitting = [label for label in labelled if reader.fits(label.prompt, label.response)]
     distinct = {(label.prompt.id, label.response): label for label in fitting}
@@ -140,11 +150,9 @@ def read_solutions(folder: Path, model: str, cache: Path) -> tuple[Solutions, di
         files.write_bytes(path, safetensors.torch.save({"response": pooled.response, "prompt": pooled.prompt}))
     candidates, marks = group(fitting)
     tokens = {key: sample.ids[sample.prompt_length :] for key, sample in zip(distinct, samples, strict=True)}
+    repetitive = {key: ids for key, ids in tokens.items() if is_repetitive(ids)}
     candidates = [
-        Candidate(
-            c.prompt,
-            tuple(Rollout(r.prompt_id, r.text, tokens[r.prompt_id, r.text], (), True, r.answer) for r in c.rollouts),
-        )
+        Candidate(c.prompt, tuple(replace(r, token_ids=repetitive.get((r.prompt_id, r.text), ())) for r in c.rollouts))
         for c in candidates
     ]
     kept = safetensors.torch.load_file(path)
@@ -157,4 +165,5 @@ def read_solutions(folder: Path, model: str, cache: Path) -> tuple[Solutions, di
     )
     counts = {"read": len(labelled), "used": len(fitting), "too_long": len(labelled) - len(fitting)}
     counts |= {"questions": len(candidates), "right": sum(label.right for label in fitting)}
+    counts |= {"answers": len(marks), "repetitive": len(repetitive)}
     return solutions, counts

@@ -177,8 +177,9 @@ def table_of(judge: AnswerJudge, candidates: Sequence[Candidate]) -> AnswerTable
 def measure(judge: AnswerJudge, solutions: Solutions, held_out: Sequence[Candidate]) -> Measure:
     """Return how well the answer model tells right from wrong solutions of held-out questions.
 
-    ``auc`` over all and ``within`` questions, of P(right), which knows how many solutions agree; ``features_auc`` and
-    ``features_within`` of w·φ alone, which knows what the labels taught of the hidden states.
+    ``auc`` over all and ``within`` questions, of P(right), which knows how many solutions agree; ``features_within`` of
+    w·φ alone, which knows only what the labels taught of the hidden states. (Over all, w·φ means nothing: the model
+    compares answers to one question.)
     """
     assert judge.model is not None, "fit first"
     table = table_of(judge, held_out)
@@ -195,7 +196,6 @@ def measure(judge: AnswerJudge, solutions: Solutions, held_out: Sequence[Candida
     return {
         "auc": auc(agreed, right),
         "within": within_group_auc(agreed, right, questions),
-        "features_auc": auc(features, right),
         "features_within": within_group_auc(features, right, questions),
     }
 
