@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     settings = Settings(
         pooling=given.pooling, dimension=given.dimension, batch=given.batch, heads=given.heads,
-        heads_budgets=(64, 256, 1024),
+        heads_budgets=(32, 128, 512),
     )  # fmt: skip
     arms, splits = list(given.arms or ARMS), given.splits
     if given.quick:
