@@ -83,7 +83,7 @@ class Settings:
     """
 
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
-    batch: int = 64
+    batch: int = 128
     held_out: int = 400
     pooling: str = "forks"
     dimension: int = 512
