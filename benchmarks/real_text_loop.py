@@ -74,7 +74,8 @@ class Settings:
 
     Attributes:
         budgets: verdicts after which is measured, rising; the first is `FIRST` or more.
-        batch: verdicts bought between two fits at most; never more than are there already.
+        batch: verdicts bought between two fits at most; never more than are there already, so that they double as in
+            the rounds of a run.
         held_out: questions to evaluate on.
         pooling: which hidden states, see `real_text_data.POOLINGS`.
         dimension: principal components of them.
@@ -83,7 +84,7 @@ class Settings:
     """
 
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
-    batch: int = 128
+    batch: int = 512
     held_out: int = 400
     pooling: str = "forks"
     dimension: int = 512
