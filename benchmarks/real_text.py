@@ -5,16 +5,17 @@
 
 Every verdict is hidden until it is bought. Split by question; the area under the ROC curve on held-out questions by
 number of verdicts, mean over splits, with the paired difference to uniform verdicts and its 95% bootstrap interval over
-splits. All splits are of the same questions, so the intervals speak of these questions.
+splits. All splits are of the same questions, so the intervals speak of these questions. A second start measures what
+the results file lacks.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -31,7 +32,7 @@ from real_text_data import POOLINGS, Solutions, read_solutions
 from real_text_loop import ARMS, UNIFORM, Measure, Settings, curves, learn
 
 from trlhf.evaluation.statistics import bootstrap_interval
-from trlhf.files import write_json
+from trlhf.files import read_json, write_json
 
 METRICS = {
     "auc": "answer model, all solutions",
@@ -40,7 +41,6 @@ METRICS = {
     "heads_auc": "reward stage's heads, all solutions",
     "heads_within": "reward stage's heads, within questions",
 }
-HEADS_ARMS = (UNIFORM, "v_optimal")
 QUICK_ARMS = (UNIFORM, "v_optimal")
 QUICK = Settings(budgets=(16, 32), held_out=40, dimension=32)
 QUICK_QUESTIONS = 100
@@ -101,30 +101,32 @@ def table(compared: Mapping[str, Any], metric: str) -> str:
     return "\n".join(lines)
 
 
-def run_cell(arm: str, settings: Settings, seed: int) -> tuple[list[Measure], float]:
-    """Measure one arm on one split; the seconds it took come with it."""
+def run_split(arms: Sequence[str], settings: Settings, seed: int) -> dict[str, list[Measure]]:
+    """Measure some arms on one split."""
     torch.set_num_threads(1)
     assert _solutions is not None, "main reads them before it forks"
-    start = time.monotonic()
-    return learn(_solutions, ARMS[arm], settings, seed), time.monotonic() - start
+    return learn(_solutions, {arm: ARMS[arm] for arm in arms}, settings, seed)
 
 
-def grid(arms: Sequence[str], settings: Settings, seeds: Sequence[int], jobs: int, save: Any) -> Cells:
-    """Measure every arm on every split, a split at a time; ``save`` gets the cells after each split."""
-    cells: Cells = {}
+def grid(
+    cells: Cells, arms: Sequence[str], settings: Settings, seeds: Sequence[int], jobs: int, save: Callable[[], None]
+) -> None:
+    """Measure every arm on every split that is not among the cells yet; ``save`` is called after each split."""
+    missing = {seed: [arm for arm in arms if (arm, seed) not in cells] for seed in seeds}
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        for seed in seeds:
-            asked = {
-                pool.submit(
-                    run_cell, arm, replace(settings, heads=settings.heads if arm in HEADS_ARMS else 0), seed
-                ): arm
-                for arm in arms
-            }
-            for task in as_completed(asked):
-                cells[asked[task], seed], seconds = task.result()
-                print(f"split {seed}, {asked[task]}: {seconds:.0f} s", flush=True)
-            save(cells)
-    return cells
+        tasks = {pool.submit(run_split, left, settings, seed): seed for seed, left in missing.items() if left}
+        for task in as_completed(tasks):
+            cells |= {(arm, tasks[task]): rows for arm, rows in task.result().items()}
+            print(f"split {tasks[task]} done", flush=True)
+            save()
+
+
+def finished(path: Path, same: Mapping[str, Any]) -> Cells:
+    """Return the cells of a results file that was made with the same settings on the same solutions; else none."""
+    kept = read_json(path) if path.exists() else {}
+    if any(kept.get(name) != json.loads(json.dumps(value)) for name, value in same.items()):
+        return {}
+    return {(cell["arm"], cell["split"]): cell["rows"] for cell in kept["cells"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,14 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _solutions, results["solutions"] = read_solutions(
         given.data, given.model, given.cache, QUICK_QUESTIONS if given.quick else 0
     )
-    results |= {"model": given.model, "settings": asdict(settings), "splits": list(seeds)}
+    same = {"model": given.model, "settings": asdict(settings), "solutions": results["solutions"]}
+    cells = finished(given.output, same)
+    results |= same
 
-    def save(cells: Cells) -> None:
+    def save() -> None:
         results["compared"] = compare(cells, settings.budgets)
         results["cells"] = [{"arm": arm, "split": seed, "rows": rows} for (arm, seed), rows in cells.items()]
         write_json(given.output, results)
 
-    grid(arms, settings, seeds, given.jobs, save)
+    grid(cells, arms, settings, seeds, given.jobs, save)
+    save()
     for metric in results["compared"]:
         print(f"\n{table(results['compared'], metric)}")
     print(f"\nwritten to {from_root(given.output)}")

@@ -81,6 +81,7 @@ class Settings:
         dimension: principal components of them.
         heads: of the reward stage's model; 0: it is not fitted.
         heads_budgets: budgets after which it is.
+        heads_arms: arms for which it is.
     """
 
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
@@ -90,36 +91,50 @@ class Settings:
     dimension: int = 512
     heads: int = 0
     heads_budgets: tuple[int, ...] = ()
+    heads_arms: tuple[str, ...] = (UNIFORM, "v_optimal")
 
 
-def learn(solutions: Solutions, arm: Arm, settings: Settings, seed: int) -> list[Measure]:
-    """Return what is measured after each budget; ``seed`` decides the split, the first verdicts and every draw."""
+def learn(solutions: Solutions, arms: Mapping[str, Arm], settings: Settings, seed: int) -> dict[str, list[Measure]]:
+    """Return what is measured after each budget, by arm.
+
+    ``seed`` decides the split, the first verdicts, which all arms share, and every draw.
+    """
     held_in, held_out = solutions.split(settings.held_out, seed)
+    everything = [*held_in, *held_out]
     features = features_of(solutions, held_in, settings.pooling, settings.dimension)
-    rng = numpy_rng(seed, "real text", "choose")
+    found: dict[str, list[Measure]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        judge = AnswerJudge(lambda prompts, texts: features[solutions.places(prompts, texts)], Path(folder))
+
+        def new_judge() -> AnswerJudge:
+            return AnswerJudge(lambda prompts, texts: features[solutions.places(prompts, texts)], Path(folder))
+
+        judge = new_judge()
         judge.whiten_on([c.prompt for c in held_in], [texts_of(c.rollouts) for c in held_in])
-        everything = [*held_in, *held_out]
         judge.note_reference([c.prompt for c in everything], [texts_of(c.rollouts) for c in everything])
         judge.load()
-        labels: list[Label] = []
-        measured: list[Measure] = []
-        for budget in settings.budgets:
-            while len(labels) < budget:
-                count = min(budget - len(labels), max(FIRST, min(settings.batch, len(labels))))
-                asked = choose(judge, held_in, labels, arm if labels else ARMS[UNIFORM], count, rng)
-                if not asked:
-                    break
-                labels += [solutions.buy(question) for question in asked]
-                fit(judge, held_in, labels)
-            row = measure(judge, solutions, held_out) | {"labels": float(len(labels))}
-            row["decided"] = float(len(Knowledge(labels).verifiable_prompts()))
-            row["right"] = sum(label.outcome == "right" for label in labels) / len(labels)
-            if settings.heads and budget in settings.heads_budgets:
-                row |= measure_heads(solutions, held_in, held_out, labels, settings.heads, seed)
-            measured.append(row)
-    return measured
+        rng = numpy_rng(seed, "real text", "first")
+        first = [solutions.buy(question) for question in choose(judge, held_in, (), ARMS[UNIFORM], FIRST, rng)]
+        for name, arm in arms.items():
+            judge, labels = new_judge(), list(first)
+            judge.load()
+            fit(judge, held_in, labels)
+            rng = numpy_rng(seed, "real text", "choose")
+            found[name] = []
+            for budget in settings.budgets:
+                while len(labels) < budget:
+                    count = min(budget - len(labels), settings.batch, len(labels))
+                    asked = choose(judge, held_in, labels, arm, count, rng)
+                    if not asked:
+                        break
+                    labels += [solutions.buy(question) for question in asked]
+                    fit(judge, held_in, labels)
+                row = measure(judge, solutions, held_out) | {"labels": float(len(labels))}
+                row["decided"] = float(len(Knowledge(labels).verifiable_prompts()))
+                row["right"] = sum(label.outcome == "right" for label in labels) / len(labels)
+                if settings.heads and name in settings.heads_arms and budget in settings.heads_budgets:
+                    row |= measure_heads(solutions, held_in, held_out, labels, settings.heads, seed)
+                found[name].append(row)
+    return found
 
 
 def fit(judge: AnswerJudge, held_in: Sequence[Candidate], labels: Sequence[Label]) -> None:

@@ -152,6 +152,15 @@ def test_base_and_strength_enter_the_score_and_not_the_value(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_base_and_strength_enter_the_untargeted_score_too(seed: int) -> None:
+    given = untargeted(problem(seed))
+    base = np.random.default_rng(seed).uniform(0, 2, 30)
+    picks, values = d_optimal_batch(**given, count=8, base=base, strength=0.5)
+    expected = slow_batch(given, 8, base=2 * base)
+    assert picks.tolist() == expected[0] and values == pytest.approx(expected[1], rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_values_add_up_to_the_drop_in_variance(seed: int) -> None:
     given = problem(seed, n=200, dims=12)
     picks, values = v_optimal_batch(**given, count=100)

@@ -55,7 +55,7 @@ def made_up(signal: float, seed: int = 0) -> Watched:
 
 def asked_by(arm: str, solutions: Watched, seed: int = 0) -> list[tuple[str, str | None]]:
     solutions.asked[0].clear()
-    learn(solutions, ARMS[arm], SETTINGS, seed)
+    learn(solutions, {arm: ARMS[arm]}, SETTINGS, seed)
     return [(question.prompt.id, question.answer) for question in solutions.asked[0]]
 
 
@@ -143,11 +143,11 @@ def test_a_repetitive_solution_is_not_asked_about_behind_the_gate() -> None:
 @pytest.mark.parametrize("arm", [UNIFORM, "v_optimal"])
 def test_what_the_verdicts_say_of_hidden_states_is_learned(arm: str) -> None:
     settings = replace(SETTINGS, heads=2, heads_budgets=(48,))
-    told = learn(made_up(2.0), ARMS[arm], settings, 0)
+    told = learn(made_up(2.0), {arm: ARMS[arm]}, settings, 0)[arm]
     assert [row["labels"] for row in told] == [16, 24, 48] and "heads_auc" not in told[0]
     for metric in ("auc", "within", "features_within", "heads_auc", "heads_within"):
         assert (told[-1][metric] or 0) > 0.9, metric
-    noise = learn(made_up(0.0), ARMS[arm], settings, 0)[-1]
+    noise = learn(made_up(0.0), {arm: ARMS[arm]}, settings, 0)[arm][-1]
     for metric in ("auc", "within", "features_within", "heads_auc", "heads_within"):
         assert 0.3 < (noise[metric] or 0) < 0.7, metric
 

@@ -66,6 +66,15 @@ def test_useless_uncertainty_fails_and_useful_passes() -> None:
     assert np.mean(useless) < 0.06 and np.mean(useful) > 0.95
 
 
+def test_the_bound_asked_for_is_the_bound_tested() -> None:
+    x, y = pairs(np.random.default_rng(5), 0.3, 60)
+    sure, unsure = trust_test(x, y, confidence=0.99), trust_test(x, y, confidence=0.6)
+    assert (sure.lower, unsure.lower) == (spearman_lower_bound(x, y, 0.99), spearman_lower_bound(x, y, 0.6))
+    bar = (sure.lower + unsure.lower) / 2
+    assert not trust_test(x, y, bar, 0.99).passed and trust_test(x, y, bar, 0.6).passed
+    assert not trust_test(x, y, least=unsure.lower, confidence=0.6).passed
+
+
 def test_the_words_say_what_was_found() -> None:
     x, y = pairs(np.random.default_rng(4), 0.7, 50)
     good, bad = trust_test(x, y), trust_test(x, -y)
