@@ -231,7 +231,7 @@ def main() -> int:
     """Try the mutants, write the results and the document; 1 when one survives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes at the same time")
-    parser.add_argument("--only", help="mutants of this function (or file) only; nothing is written")
+    parser.add_argument("--only", help="mutants of this function (or file) only; written with --missing only")
     parser.add_argument("--missing", action="store_true", help="only what the results file lacks; the rest is kept")
     parser.add_argument("--table", action="store_true", help="write docs/mutants.md from the results file, run nothing")
     arguments = parser.parse_args()
@@ -265,9 +265,9 @@ def main() -> int:
             change = f"{result['from']!r} → {result['to']!r}"
             print(f"{result['seconds']:5.1f} s  {result['function']}: {change}: {outcome}", flush=True)
     print(summary(results["mutants"]))
-    if arguments.only is None:
+    if arguments.only is None or arguments.missing:
         kept |= {_identity(mutant): mutant for mutant in results["mutants"]}
-        results["mutants"] = [kept[_identity(record)] for record in wanted]
+        results["mutants"] = [kept[_identity(record)] for record in wanted if _identity(record) in kept]
         text = json.dumps(results, indent=2, ensure_ascii=False)
         (RESULTS / "mutation.json").write_text(text + "\n", encoding="utf-8")
         DOCUMENT.write_text(document(results), encoding="utf-8")
