@@ -49,6 +49,7 @@ DOCUMENT = ROOT / "docs" / "mutants.md"
 SECONDS = 300  # after which a test run counts as broken, not as failed
 # Imported once, by the server that every mutant's process is forked from; nothing of trlhf, which must be the copy's.
 PRELOADED = ["pytest", "torch", "jaxtyping", "numpy", "yaml", "sqlalchemy", "transformers.modeling_utils"]
+PRELOADED += ["scipy.linalg", "scipy.optimize", "scipy.special", "scipy.stats"]
 PRELOADED += ["transformers.models.mistral.modeling_mistral", "tokenizers"]
 
 
@@ -227,6 +228,15 @@ PARITY = """## What else the losses are held against
 """
 
 
+def write(results: Mapping[str, Any], kept: Mapping[tuple[str, ...], Any], wanted: Sequence[Mapping[str, str]]) -> None:
+    """Write the results, those kept from before among them, in the order of the table, and the document."""
+    found = {**kept, **{_identity(mutant): mutant for mutant in results["mutants"]}}
+    whole = {**results, "mutants": [found[_identity(record)] for record in wanted if _identity(record) in found]}
+    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    (RESULTS / "mutation.json").write_text(text + "\n", encoding="utf-8")
+    DOCUMENT.write_text(document(whole), encoding="utf-8")
+
+
 def main() -> int:
     """Try the mutants, write the results and the document; 1 when one survives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,14 +273,12 @@ def main() -> int:
             result["commit"] = results["commit"]
             outcome = f"killed by {result['by']}" if result["killed"] else "survives"
             change = f"{result['from']!r} → {result['to']!r}"
+            if arguments.missing and len(results["mutants"]) % 10 == 0:
+                write(results, kept, wanted)
             print(f"{result['seconds']:5.1f} s  {result['function']}: {change}: {outcome}", flush=True)
     print(summary(results["mutants"]))
     if arguments.only is None or arguments.missing:
-        kept |= {_identity(mutant): mutant for mutant in results["mutants"]}
-        results["mutants"] = [kept[_identity(record)] for record in wanted if _identity(record) in kept]
-        text = json.dumps(results, indent=2, ensure_ascii=False)
-        (RESULTS / "mutation.json").write_text(text + "\n", encoding="utf-8")
-        DOCUMENT.write_text(document(results), encoding="utf-8")
+        write(results, kept, wanted)
         print(f"written to {from_root(RESULTS / 'mutation.json')} and {from_root(DOCUMENT)}")
     return 0 if all(mutant["right"] for mutant in results["mutants"]) else 1
 

@@ -29,7 +29,7 @@ from label_curves import area_weights
 from numpy import ndarray
 from provenance import RESULTS, ROOT, from_root, provenance
 from real_text_data import POOLINGS, Solutions, read_solutions
-from real_text_loop import ARMS, UNIFORM, Measure, Settings, curves, learn
+from real_text_loop import ARMS, UNIFORM, Measure, Settings, agreement, curves, learn
 
 from trlhf.evaluation.statistics import bootstrap_interval
 from trlhf.files import read_json, write_json
@@ -49,7 +49,7 @@ Cells = dict[tuple[str, int], list[Measure]]
 _solutions: Solutions | None = None  # what the processes forked from this one share
 
 
-def estimate(values: Float[ndarray, " S"], splits: Sequence[int]) -> dict[str, Any]:
+def estimate(values: Float[ndarray, " S"]) -> dict[str, Any]:
     """Return a mean over splits with its bootstrap interval, without the splits where it is not defined."""
     kept = values[np.isfinite(values)]
     if not len(kept):
@@ -76,13 +76,13 @@ def compare(cells: Mapping[tuple[str, int], Sequence[Measure]], budgets: Sequenc
             weights = area_weights([budgets[n] for n in columns])
             row: dict[str, Any] = {
                 "budgets": [budgets[n] for n in columns],
-                "curve": [estimate(values[:, n], splits) for n in columns],
-                "area": estimate(values[:, columns] @ weights, splits),
+                "curve": [estimate(values[:, n]) for n in columns],
+                "area": estimate(values[:, columns] @ weights),
             }
             if arm != UNIFORM:
                 less = own[:, columns] - plain[:, columns]
-                row["less_uniform"] = [estimate(less[:, n], shared) for n in range(len(columns))]
-                row["area_less_uniform"] = estimate(less @ weights, shared)
+                row["less_uniform"] = [estimate(less[:, n]) for n in range(len(columns))]
+                row["area_less_uniform"] = estimate(less @ weights)
             found.setdefault(metric, {})[arm] = row
     return found
 
@@ -163,6 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same = {"model": given.model, "settings": asdict(settings), "solutions": results["solutions"]}
     cells = finished(given.output, same)
     results |= same
+    without = [agreement(_solutions, _solutions.split(settings.held_out, seed)[1]) for seed in seeds]
+    results["agreement_alone"] = {
+        metric: estimate(np.array([row[metric] for row in without], float)) for metric in ("auc", "within")
+    }
 
     def save() -> None:
         results["compared"] = compare(cells, settings.budgets)
@@ -171,6 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     grid(cells, arms, settings, seeds, given.jobs, save)
     save()
+    alone = results["agreement_alone"]
+    print(
+        f"\nagreement alone, no verdict: {alone['auc']['value']:.3f}, within questions {alone['within']['value']:.3f}"
+    )
     for metric in results["compared"]:
         print(f"\n{table(results['compared'], metric)}")
     print(f"\nwritten to {from_root(given.output)}")

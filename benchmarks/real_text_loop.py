@@ -7,6 +7,7 @@ samples the real solutions stand for.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,21 @@ def measure_heads(
     return {
         "heads_auc": auc(scores + intercepts, right),
         "heads_within": within_group_auc(scores, right, [rollout.prompt_id for rollout in rollouts]),
+    }
+
+
+def agreement(solutions: Solutions, held_out: Sequence[Candidate]) -> Measure:
+    """Return the same of the share of a question's solutions that give the answer: what no verdict is needed for."""
+    rollouts, shares = [], []
+    for candidate in held_out:
+        counts = Counter(rollout.answer for rollout in candidate.rollouts)
+        found = [rollout for rollout in candidate.rollouts if rollout.answer is not None]
+        rollouts += found
+        shares += [counts[rollout.answer] / len(candidate.rollouts) for rollout in found]
+    right = [solutions.truth(rollout) for rollout in rollouts]
+    return {
+        "auc": auc(shares, right),
+        "within": within_group_auc(shares, right, [rollout.prompt_id for rollout in rollouts]),
     }
 
 

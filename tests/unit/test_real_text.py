@@ -11,7 +11,7 @@ import pytest
 import torch
 from real_text import compare, main, table
 from real_text_data import Solutions, features_of, group
-from real_text_loop import ARMS, FIRST, UNIFORM, Measure, Settings, curves, learn
+from real_text_loop import ARMS, FIRST, UNIFORM, Measure, Settings, agreement, curves, learn
 
 from trlhf.data import LabelledResponse
 from trlhf.errors import UserError
@@ -150,6 +150,16 @@ def test_what_the_verdicts_say_of_hidden_states_is_learned(arm: str) -> None:
     noise = learn(made_up(0.0), {arm: ARMS[arm]}, settings, 0)[arm][-1]
     for metric in ("auc", "within", "features_within", "heads_auc", "heads_within"):
         assert 0.3 < (noise[metric] or 0) < 0.7, metric
+
+
+def test_agreement_needs_no_verdict() -> None:
+    solutions = made_up(0.0)
+    marks = {(name, answer): int(answer) % 10 == 0 for name, answer in solutions.marks}  # the first answer is right
+    three = [replace(c, rollouts=c.rollouts[:3]) for c in solutions.candidates]
+    assert agreement(replace(solutions, marks=marks), three) == {"auc": 1.0, "within": 1.0}
+    one = [replace(c, rollouts=c.rollouts[1:]) for c in solutions.candidates]
+    assert agreement(replace(solutions, marks=marks), one) == {"auc": 0.0, "within": 0.0}
+    assert agreement(solutions, solutions.candidates) == {"auc": 0.5, "within": 0.5}
 
 
 def cells(**metrics: dict[str, list[list[float]]]) -> dict[tuple[str, int], list[Measure]]:
