@@ -2,6 +2,7 @@
 
     python benchmarks/mutation.py                     all mutants, one process each (five minutes on one core)
     python benchmarks/mutation.py --jobs 2 --only gae
+    python benchmarks/mutation.py --missing           only those that the results file does not hold yet
     python benchmarks/mutation.py --table             docs/mutants.md again, from the results file
 
 Each mutant is applied to a copy of the package in a folder of its own, and the tests of its file run against that copy.
@@ -36,26 +37,38 @@ TESTS = {
     "trlhf/losses/dpo.py": ["tests/parity/test_preference_papers.py", "tests/unit/test_losses.py"],
     "trlhf/losses/reward.py": ["tests/parity/test_preference_papers.py", "tests/unit/test_reward_losses.py"],
     "trlhf/logprobs.py": ["tests/parity/test_logprobs_papers.py", "tests/unit/test_logprobs.py"],
+    "trlhf/targeting/acquisition.py": ["tests/unit/test_acquisition.py"],
+    "trlhf/targeting/baselines.py": ["tests/unit/test_baselines.py"],
+    "trlhf/targeting/answers.py": ["tests/unit/test_answer_model.py"],
+    "trlhf/targeting/frontier.py": ["tests/unit/test_targeting.py"],
+    "trlhf/targeting/gate.py": ["tests/unit/test_gate.py"],
+    "trlhf/targeting/trust.py": ["tests/unit/test_trust.py"],
+    "trlhf/targeting/stopping.py": ["tests/unit/test_stopping.py"],
 }
 DOCUMENT = ROOT / "docs" / "mutants.md"
 SECONDS = 300  # after which a test run counts as broken, not as failed
 # Imported once, by the server that every mutant's process is forked from; nothing of trlhf, which must be the copy's.
 PRELOADED = ["pytest", "torch", "jaxtyping", "numpy", "yaml", "sqlalchemy", "transformers.modeling_utils"]
+PRELOADED += ["scipy.linalg", "scipy.optimize", "scipy.special", "scipy.stats"]
 PRELOADED += ["transformers.models.mistral.modeling_mistral", "tokenizers"]
 
 
 def mutate(source: str, function: str, fragment: str, replacement: str) -> str:
-    """Replace a fragment in one function of a module.
+    """Replace a fragment in one function of a module, or in one method (``Class.method``).
 
     Raises:
         ValueError: the fragment does not occur exactly once there (docstring left out), or nothing but text changes.
     """
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function]
+    body: Sequence[ast.stmt] = ast.parse(source).body
+    *owners, name = function.split(".")
+    for owner in owners:
+        body = [stmt for node in body if isinstance(node, ast.ClassDef) and node.name == owner for stmt in node.body]
+    nodes = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
     if len(nodes) != 1:
         raise ValueError(f"there are {len(nodes)} functions {function}")
-    body = nodes[0].body[1:] if ast.get_docstring(nodes[0]) else nodes[0].body
+    inside = nodes[0].body[1:] if ast.get_docstring(nodes[0]) else nodes[0].body
     lines = source.splitlines(keepends=True)
-    first, last = body[0].lineno - 1, body[-1].end_lineno
+    first, last = inside[0].lineno - 1, inside[-1].end_lineno
     text = "".join(lines[first:last])
     if text.count(fragment) != 1:
         raise ValueError(f"{function}: {fragment!r} occurs {text.count(fragment)} times, it must occur once")
@@ -144,6 +157,15 @@ def try_mutant(record: Mapping[str, str], template: Path) -> dict[str, Any]:
     return {**record, "killed": watch.failed is not None, "by": by, "seconds": round(time.monotonic() - start, 1)}
 
 
+def _identity(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(record[name] for name in ("file", "function", "kind", "from", "to"))
+
+
+def _tried(results: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Return the mutants of a results file, each with the commit at which it was tried."""
+    return {_identity(mutant): {"commit": results["commit"], **mutant} for mutant in results["mutants"]}
+
+
 def summary(mutants: Sequence[Mapping[str, Any]]) -> str:
     """Return how many were killed, and which came out otherwise than they should."""
     counted = [mutant for mutant in mutants if mutant["kind"] != "equivalent"]
@@ -159,6 +181,7 @@ def document(results: Mapping[str, Any]) -> str:
     """Return docs/mutants.md."""
     mutants = [mutant for mutant in results["mutants"] if mutant["kind"] != "equivalent"]
     killed = sum(mutant["killed"] for mutant in mutants)
+    commits = ", ".join(dict.fromkeys(mutant.get("commit", results["commit"]) for mutant in mutants))
     lines = [
         "# Mutants",
         "",
@@ -166,7 +189,7 @@ def document(results: Mapping[str, Any]) -> str:
         "",
         f"Does a test notice when the maths is wrong? {killed} of {len(mutants)} deliberate slips are noticed, each",
         "tried alone on a copy of the package (`python benchmarks/mutation.py`,",
-        f"commit {results['commit']}, [raw](../benchmarks/results/mutation.json)).",
+        f"commits {commits}, [raw](../benchmarks/results/mutation.json)).",
         "Kinds: a sign flipped, a mask dropped, a shift by one,",
         "another denominator, two things swapped, a clip or a guard dropped, a term dropped, a gradient cut.",
         "",
@@ -205,11 +228,21 @@ PARITY = """## What else the losses are held against
 """
 
 
+def write(results: Mapping[str, Any], kept: Mapping[tuple[str, ...], Any], wanted: Sequence[Mapping[str, str]]) -> None:
+    """Write the results, those kept from before among them, in the order of the table, and the document."""
+    found = {**kept, **{_identity(mutant): mutant for mutant in results["mutants"]}}
+    whole = {**results, "mutants": [found[_identity(record)] for record in wanted if _identity(record) in found]}
+    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    (RESULTS / "mutation.json").write_text(text + "\n", encoding="utf-8")
+    DOCUMENT.write_text(document(whole), encoding="utf-8")
+
+
 def main() -> int:
     """Try the mutants, write the results and the document; 1 when one survives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="processes at the same time")
-    parser.add_argument("--only", help="mutants of this function (or file) only; nothing is written")
+    parser.add_argument("--only", help="mutants of this function (or file) only; written with --missing only")
+    parser.add_argument("--missing", action="store_true", help="only what the results file lacks; the rest is kept")
     parser.add_argument("--table", action="store_true", help="write docs/mutants.md from the results file, run nothing")
     arguments = parser.parse_args()
     if arguments.table:
@@ -217,7 +250,9 @@ def main() -> int:
             document(json.loads((RESULTS / "mutation.json").read_text(encoding="utf-8"))), encoding="utf-8"
         )
         return 0
-    records = [r for r in all_mutants() if arguments.only in (None, r["function"], r["file"])]
+    wanted = all_mutants()
+    kept = _tried(json.loads((RESULTS / "mutation.json").read_text(encoding="utf-8"))) if arguments.missing else {}
+    records = [r for r in wanted if arguments.only in (None, r["function"], r["file"]) and _identity(r) not in kept]
     results: dict[str, Any] = provenance()
     results["mutants"] = []
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -235,14 +270,15 @@ def main() -> int:
             result = task.get(SECONDS)
             results["mutants"].append(result)
             result["right"] = result["killed"] != (result["kind"] == "equivalent")
+            result["commit"] = results["commit"]
             outcome = f"killed by {result['by']}" if result["killed"] else "survives"
             change = f"{result['from']!r} → {result['to']!r}"
+            if arguments.missing and len(results["mutants"]) % 10 == 0:
+                write(results, kept, wanted)
             print(f"{result['seconds']:5.1f} s  {result['function']}: {change}: {outcome}", flush=True)
     print(summary(results["mutants"]))
-    if arguments.only is None:
-        text = json.dumps(results, indent=2, ensure_ascii=False)
-        (RESULTS / "mutation.json").write_text(text + "\n", encoding="utf-8")
-        DOCUMENT.write_text(document(results), encoding="utf-8")
+    if arguments.only is None or arguments.missing:
+        write(results, kept, wanted)
         print(f"written to {from_root(RESULTS / 'mutation.json')} and {from_root(DOCUMENT)}")
     return 0 if all(mutant["right"] for mutant in results["mutants"]) else 1
 

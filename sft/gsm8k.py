@@ -77,9 +77,38 @@ def gsm8k_splits(
     demonstrations, sft_report = demonstrations_from_rows(learned, "train.jsonl (SFT)", kind=KIND)
     pool, pool_gold, pool_report = prompts_from_rows(pooled, "train.jsonl (pool)", kind=KIND)
     tests, test_gold, test_report = prompts_from_rows(evaluated, "test.jsonl", answers="required", kind=KIND)
-    labelled, label_report = _labelled(Path(path).expanduser(), {_key(row.data) for row in [*evaluated, *free]})
+    labelled, label_report = marked_solutions(Path(path).expanduser(), {_key(row.data) for row in [*evaluated, *free]})
     reports = [twice, sft_report, pool_report, test_report, label_report]
     return Gsm8kSplits(demonstrations, pool, pool_gold, tests, test_gold, labelled, reports)
+
+
+def marked_solutions(folder: Path, taken: set[str]) -> tuple[list[LabelledResponse], RowReport]:
+    """Return the solutions by real models of GSM8K's test questions, each marked right or wrong.
+
+    Args:
+        folder: holds ``example_model_solutions.jsonl``; without it there are none.
+        taken: questions to leave out, as `_key` writes them.
+    """
+    report = RowReport(source=SOLUTIONS)
+    if not (folder / SOLUTIONS).is_file():
+        report.drop("the file is not there, so there are no labelled responses", str(folder / SOLUTIONS))
+        return [], report
+    labelled: list[LabelledResponse] = []
+    for row in read_rows(folder / SOLUTIONS):
+        report.read += 1
+        if _key(row.data) in taken:
+            report.drop("its question is among those evaluated or trained on", row.place)
+            continue
+        solutions = {name: value for name, value in row.data.items() if _is_marked(value)}
+        if not solutions:
+            report.drop("no marked solution ('solution' and 'is_correct')", row.place)
+            continue
+        report.kept += 1
+        prompt = Prompt(row.place, ({"role": "user", "content": row.data["question"].strip()},), kind=KIND)
+        for name, value in solutions.items():
+            response = native_chain_of_thought(value["solution"])
+            labelled.append(LabelledResponse(prompt, response, value["is_correct"], f"{row.place} {name}"))
+    return labelled, report
 
 
 def _read(path: str | Path, split: str) -> list[Row]:
@@ -111,29 +140,6 @@ def _share(rows: list[Row], sft: int, pool: int, randomness: random.Random) -> t
     places = {row.place for row in learned}
     rest = [row for row in rows if row.place not in places]
     return learned, _sample(rest, pool or len(rest), randomness)
-
-
-def _labelled(folder: Path, taken: set[str]) -> tuple[list[LabelledResponse], RowReport]:
-    report = RowReport(source=SOLUTIONS)
-    if not (folder / SOLUTIONS).is_file():
-        report.drop("the file is not there, so there are no labelled responses", str(folder / SOLUTIONS))
-        return [], report
-    labelled: list[LabelledResponse] = []
-    for row in read_rows(folder / SOLUTIONS):
-        report.read += 1
-        if _key(row.data) in taken:
-            report.drop("its question is among those evaluated or trained on", row.place)
-            continue
-        solutions = {name: value for name, value in row.data.items() if _is_marked(value)}
-        if not solutions:
-            report.drop("no marked solution ('solution' and 'is_correct')", row.place)
-            continue
-        report.kept += 1
-        prompt = Prompt(row.place, ({"role": "user", "content": row.data["question"].strip()},), kind=KIND)
-        for name, value in solutions.items():
-            response = native_chain_of_thought(value["solution"])
-            labelled.append(LabelledResponse(prompt, response, value["is_correct"], f"{row.place} {name}"))
-    return labelled, report
 
 
 def _is_marked(value: Any) -> bool:

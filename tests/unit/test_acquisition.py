@@ -10,18 +10,11 @@ import pytest
 from numpy import ndarray
 
 from trlhf.targeting.acquisition import (
-    apl_scores,
     d_optimal_batch,
-    double_thompson,
-    double_thompson_pair,
-    least_agreed_scores,
-    max_entropy_scores,
     query_information,
-    scrambled,
     target_factor,
     target_matrix,
     top_batch,
-    uniform_batch,
     v_optimal_batch,
 )
 
@@ -127,24 +120,6 @@ def test_the_target_does_not_feel_what_a_prompt_s_rollouts_share() -> None:
     assert moved == pytest.approx(target_matrix(features, prompts, ones, values), abs=1e-12)
 
 
-def test_entropy_and_agreement() -> None:
-    assert max_entropy_scores(np.array([0.0, 0.5, 1.0])) == pytest.approx([0, np.log(2), 0])
-    assert max_entropy_scores(np.array([0.2])) == pytest.approx(max_entropy_scores(np.array([0.8])))
-    assert least_agreed_scores(np.array([0.25, 1.0])) == pytest.approx([0.75, 0.0])
-
-
-def test_apl_keeps_the_uncertain_prompts_and_ranks_them_by_margin() -> None:
-    scores = apl_scores(np.array([3.0, 1.0, 2.0, 0.5, 2.5]), np.array([0.1, 9.0, -4.0, 9.0, 2.0]))
-    assert scores == pytest.approx([0.1, -np.inf, 4.0, -np.inf, 2.0])
-    assert np.isfinite(apl_scores(np.zeros(4), np.zeros(4), 1.0)).all()
-
-
-def test_scrambling_keeps_the_scores_and_loses_the_questions() -> None:
-    scores = np.arange(50.0)
-    found = scrambled(scores, np.random.default_rng(0))
-    assert sorted(found) == list(scores) and abs(np.corrcoef(found, scores)[0, 1]) < 0.3
-
-
 # ---- designs ----
 
 
@@ -174,6 +149,15 @@ def test_base_and_strength_enter_the_score_and_not_the_value(seed: int) -> None:
     assert values == pytest.approx(slow_batch(given, 8, base=2 * base)[1], rel=1e-8)
     by_base, _ = v_optimal_batch(**given, count=8, per_group=30, base=base, strength=0.0)
     assert by_base.tolist() == np.argsort(-base)[:8].tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_base_and_strength_enter_the_untargeted_score_too(seed: int) -> None:
+    given = untargeted(problem(seed))
+    base = np.random.default_rng(seed).uniform(0, 2, 30)
+    picks, values = d_optimal_batch(**given, count=8, base=base, strength=0.5)
+    expected = slow_batch(given, 8, base=2 * base)
+    assert picks.tolist() == expected[0] and values == pytest.approx(expected[1], rel=1e-8)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -256,7 +240,7 @@ def test_the_arguments_stay_as_they_were() -> None:
     assert all((given[name] == copies[name]).all() for name in given)
 
 
-# ---- other pickers ----
+# ---- the other picker ----
 
 
 def test_top_batch_sorts_within_one_kind() -> None:
@@ -270,46 +254,6 @@ def test_top_batch_halves_a_kind_after_its_first_pick() -> None:
     assert top_batch(scores, np.arange(5), ["a", "a", "a", "b", "c"], 4).tolist() == [0, 3, 1, 2]
 
 
-def test_uniform_picks_every_question_equally_often_and_keeps_the_limit() -> None:
-    rng, groups = np.random.default_rng(0), np.repeat(np.arange(5), 4)
-    picks = [uniform_batch(20, groups, 5, 2, rng) for _ in range(2000)]
-    assert max(np.bincount(groups[p]).max() for p in picks) == 2
-    assert {len(set(p.tolist())) for p in picks} == {5}
-    counts = np.bincount(np.concatenate(picks), minlength=20)
-    assert counts == pytest.approx(np.full(20, 500), abs=100)  # sd 19
-    assert len(uniform_batch(20, groups, 50, 2, rng)) == 10
-
-
-def test_double_thompson_asks_about_contested_prompts_first() -> None:
-    draws = np.array([[9.0, 0, 1, 2, 5, 0], [9.0, 0, 2, 1, 5, 0]])  # only the prompt of answers 2 and 3 is contested
-    prompts = np.array([0, 0, 1, 1, 2, 2])
-    rng = np.random.default_rng(0)
-    ones = [int(double_thompson(draws, prompts, 1, rng)[0]) for _ in range(200)]
-    assert set(ones) == {2, 3} and 60 < ones.count(2) < 140
-    everything = {tuple(double_thompson(draws, prompts, 9, rng).tolist()) for _ in range(200)}
-    assert everything == {(c, *rest) for c in (2, 3) for rest in ((0, 4), (4, 0))}
-
-
-def test_double_thompson_asks_once_a_prompt_wherever_its_answers_stand() -> None:
-    rng = np.random.default_rng(1)
-    prompts = rng.permutation(np.repeat(np.arange(40), 3))
-    picks = double_thompson(rng.normal(size=(6, 120)), prompts, 25, rng)
-    assert len(picks) == 25 == len(set(prompts[picks]))
-    assert len(double_thompson(np.zeros((2, 0)), np.zeros(0, int), 3, rng)) == 0
-
-
-def test_a_pair_holds_the_best_of_two_draws() -> None:
-    rng = np.random.default_rng(0)
-    draws = np.array([[5.0, 1, 0, 0], [1, 5.0, 0, 0]])
-    assert {double_thompson_pair(draws, rng) for _ in range(100)} == {(0, 1), (1, 0)}
-
-
-def test_a_pair_without_disagreement_gets_a_random_second() -> None:
-    rng = np.random.default_rng(0)
-    agreed = np.array([[0.0, 7, 0], [0, 7, 0]])
-    assert {double_thompson_pair(agreed, rng) for _ in range(100)} == {(1, 0), (1, 2)}
-
-
 # ---- errors ----
 
 
@@ -318,12 +262,6 @@ def test_scores_refuse_what_is_no_probability() -> None:
         query_information(np.array([0.5]), 0.5)
     with pytest.raises(ValueError, match=r"query_information: p must be in \[0, 1\], got 0.5 to 1.5; give prob"):
         query_information(np.array([0.5, 1.5]), 0.0)
-    with pytest.raises(ValueError, match=r"max_entropy_scores: p must be in \[0, 1\], got nan"):
-        max_entropy_scores(np.array([np.nan]))
-    with pytest.raises(ValueError, match=r"apl_scores: keep_share=0 must be in \(0, 1\]"):
-        apl_scores(np.ones(2), np.ones(2), 0)
-    with pytest.raises(ValueError, match="apl_scores: expected equal lengths, got entropy 2, margin 3"):
-        apl_scores(np.ones(2), np.ones(3))
 
 
 def test_the_target_refuses_what_does_not_fit() -> None:
@@ -355,19 +293,6 @@ def test_designs_refuse_what_has_no_meaning(changes: dict[str, Any], message: st
         v_optimal_batch(**{**problem(0), "count": 3, **changes})
 
 
-def test_the_other_pickers_refuse_what_has_no_meaning() -> None:
-    rng, groups = np.random.default_rng(0), np.arange(2)
+def test_the_other_picker_refuses_what_has_no_meaning() -> None:
     with pytest.raises(ValueError, match=r"top_batch: scores must be at least 0, or -inf .* got -1\.0"):
-        top_batch(np.array([-1.0, 1.0]), groups, ["k", "k"], 1)
-    with pytest.raises(ValueError, match="uniform_batch: expected equal lengths, got n 3, groups 2"):
-        uniform_batch(3, groups, 1, 1, rng)
-    with pytest.raises(ValueError, match="double_thompson: 1 posterior samples cannot disagree"):
-        double_thompson(np.ones((1, 2)), groups, 1, rng)
-    with pytest.raises(ValueError, match="double_thompson: expected equal lengths, got columns_of_draws 3, prompts 2"):
-        double_thompson(np.ones((2, 3)), groups, 1, rng)
-    with pytest.raises(ValueError, match="double_thompson: count=-1 must be at least 0"):
-        double_thompson(np.ones((2, 2)), groups, -1, rng)
-    with pytest.raises(ValueError, match="double_thompson_pair: tries=0 must be at least 1"):
-        double_thompson_pair(np.ones((2, 2)), rng, 0)
-    with pytest.raises(ValueError, match="double_thompson_pair: 1 responses cannot be compared"):
-        double_thompson_pair(np.ones((2, 1)), rng)
+        top_batch(np.array([-1.0, 1.0]), np.arange(2), ["k", "k"], 1)

@@ -10,6 +10,7 @@ from numpy import ndarray
 from scipy.optimize import approx_fprime
 
 from trlhf.targeting import answers as answers_module
+from trlhf.targeting.acquisition import query_information
 from trlhf.targeting.answers import (
     DEFAULT_SPREAD,
     NONE_SD,
@@ -127,6 +128,36 @@ def test_labels_narrow_the_posterior_where_they_speak() -> None:
     spread_after = np.einsum("nq,qr,nr->n", z, after.covariance, z)
     assert (spread_after <= spread_before + 1e-9).all() and spread_after.sum() < 0.95 * spread_before.sum()
     assert np.linalg.eigvalsh(after.covariance).min() > 0
+
+
+@pytest.mark.parametrize("flip_rate", [0.02, 0.2])
+def test_the_posterior_covariance_is_that_of_a_verdict_a_prompt(flip_rate: float) -> None:
+    """Σ⁻¹ = prior precision + Σ_x ω·zzᵀ, z the query of the judged answer as it was before the labels."""
+    answers = unlabelled(4)
+    told = labelled(answers, VERDICTS, flip_rate)
+    model = fit_answers(told, flip_rate)
+    size = answers.features.shape[1]
+    precision = np.diag(1 / np.array([NONE_SD, SHARE_SD, *np.full(size, model.spread / np.sqrt(size))]) ** 2)
+    queries, p = model.queries(answers)
+    for prompt in VERDICTS:
+        row = int(np.flatnonzero(answers.prompts == prompt)[0])
+        omega = query_information(p[[row]], flip_rate)[0]
+        precision += omega * np.outer(queries[row], queries[row])
+    np.testing.assert_allclose(model.covariance, np.linalg.inv(precision), rtol=1e-7, atol=1e-10)
+
+
+def test_draws_have_the_posterior_s_mean_and_covariance() -> None:
+    answers = Answers(np.eye(2), np.full(2, 1e-9), np.arange(2), np.ones(2), np.ones(2))  # one answer a prompt
+    model = answers_module.AnswerModel(
+        np.array([0.0, 0.0, 1.0, -1.0]),
+        np.diag([0, 0, 1.0, 1.0]) + 0.8 * (np.eye(4)[[0, 1, 3, 2]] * [0, 0, 1, 1]),
+        3.0,
+        5,
+    )
+    p = model.draws(answers, 4000, np.random.default_rng(0))
+    logits = np.log(p) - np.log1p(-p)  # of an answer against none: w·φ, so the parameter itself
+    assert logits.mean(1) == pytest.approx([1.0, -1.0], abs=0.06)
+    np.testing.assert_allclose(np.cov(logits), [[1.0, 0.8], [0.8, 1.0]], atol=0.08)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -56,6 +56,13 @@ def test_few_ngrams_say_nothing_about_their_share() -> None:
     assert str(repetition(sound(12) * 3)).startswith("36% of its 4-token sequences")  # 12 of 33
 
 
+def test_the_shortest_response_whose_ngrams_count_and_the_largest_share_that_passes() -> None:
+    twice = [*sound(12), *sound(12), *sound(11)]  # 35 tokens: 32 n-grams, 12 of them distinct
+    assert str(repetition(twice)).startswith("38%") and repetition(twice[:-1]) is None
+    half = [*(sound(12) * 3), *range(500, 509)]
+    assert repetition(half) is None and str(repetition(half[:-1])).startswith("49%")  # 21 of 42, 20 of 41
+
+
 # ---- distances ----
 
 
@@ -70,6 +77,12 @@ def test_shrinkage_is_that_of_a_slow_loop() -> None:
         b2 = min(d2, sum(np.sum((np.outer(row, row) - s) ** 2) for row in centred) / rows**2)
         assert 0 < b2 < d2
         assert shrunk_covariance(x) == pytest.approx(b2 / d2 * target + (1 - b2 / d2) * s, rel=1e-9)
+
+
+def test_where_noise_is_all_there_is_the_covariance_is_a_multiple_of_the_identity() -> None:
+    rows = np.random.default_rng(1).normal(size=(5, 3))
+    expected = np.trace(np.cov(rows.T, bias=True)) / 3 * np.eye(3)
+    assert shrunk_covariance(rows) == pytest.approx(expected, abs=1e-12)
 
 
 def test_distances_are_those_of_the_inverse() -> None:

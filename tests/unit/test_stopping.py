@@ -30,6 +30,8 @@ UP, FLAT, DOWN = np.linspace(0.05, 0.15, 20), np.linspace(-0.1, 0.1, 20), np.lin
         ([2.0], 1, False),
         ([2.0, 0.11], 1, False),
         ([2.0, 0.09], 1, True),
+        ([2.0, 0.1], 1, False),
+        ([2.0, 4.0, 0.15], 1, False),  # against the first round, not the best one
         ([2.0, 0.09, 0.5], 1, False),  # the last round counts
         ([2.0, 0.09], 2, False),
         ([2.0, 0.5, 0.09], 2, False),

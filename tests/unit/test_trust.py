@@ -1,12 +1,12 @@
-"""Whether uncertainty deserves trust: the bound against simulation, the sentence, and trust by advantage."""
+"""Whether uncertainty deserves trust: the bound against simulation, and the sentence."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm, spearmanr
+from scipy.stats import spearmanr
 
-from trlhf.targeting.trust import advantage_trust, spearman, spearman_lower_bound, trust_test
+from trlhf.targeting.trust import spearman, spearman_lower_bound, trust_test
 
 
 def pairs(rng: np.random.Generator, rho: float, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,6 +66,15 @@ def test_useless_uncertainty_fails_and_useful_passes() -> None:
     assert np.mean(useless) < 0.06 and np.mean(useful) > 0.95
 
 
+def test_the_bound_asked_for_is_the_bound_tested() -> None:
+    x, y = pairs(np.random.default_rng(5), 0.3, 60)
+    sure, unsure = trust_test(x, y, confidence=0.99), trust_test(x, y, confidence=0.6)
+    assert (sure.lower, unsure.lower) == (spearman_lower_bound(x, y, 0.99), spearman_lower_bound(x, y, 0.6))
+    bar = (sure.lower + unsure.lower) / 2
+    assert not trust_test(x, y, bar, 0.99).passed and trust_test(x, y, bar, 0.6).passed
+    assert not trust_test(x, y, least=unsure.lower, confidence=0.6).passed
+
+
 def test_the_words_say_what_was_found() -> None:
     x, y = pairs(np.random.default_rng(4), 0.7, 50)
     good, bad = trust_test(x, y), trust_test(x, -y)
@@ -81,25 +90,6 @@ def test_the_words_say_what_was_found() -> None:
     assert (flat.passed, flat.rho) == (False, None) and "the same for all 50" in flat.words
 
 
-def test_advantage_trust_by_hand() -> None:
-    found = advantage_trust(np.array([1.0, -1.0, 2.0, 0.0]), np.array([1.0, 1.0, 1.0, 1.0]))
-    assert found == pytest.approx([0.6826895, 0.6826895, 0.9544997, 0.0], abs=1e-7)
-    a, s = np.linspace(-3, 3, 12).reshape(3, 4), np.linspace(0.1, 2, 12).reshape(3, 4)
-    assert advantage_trust(a, s, 1.5) == pytest.approx(2 * norm.cdf(np.abs(a) / (1.5 * s)) - 1)
-
-
-def test_what_is_known_is_trusted_and_no_advantage_is_not() -> None:
-    found = advantage_trust(np.array([0.5, -0.5, 0.0]), np.zeros(3))
-    assert found.tolist() == [1.0, 1.0, 0.0]
-    assert advantage_trust(np.array([0.1]), np.array([5.0]), 0.0).tolist() == [1.0]
-
-
-def test_more_doubt_means_less_trust() -> None:
-    sds = np.array([0.1, 0.5, 1.0, 10.0])
-    assert (np.diff(advantage_trust(np.full(4, 0.7), sds)) < 0).all()
-    assert (advantage_trust(np.full(4, 0.7), sds, 2.0) < advantage_trust(np.full(4, 0.7), sds)).all()
-
-
 def test_errors_name_value_rule_and_remedy() -> None:
     with pytest.raises(ValueError, match="8 uncertainties and 9 errors; give one of each an item"):
         spearman_lower_bound(np.ones(8), np.ones(9))
@@ -107,9 +97,3 @@ def test_errors_name_value_rule_and_remedy() -> None:
         trust_test(np.full(8, np.nan), np.ones(8))
     with pytest.raises(ValueError, match=r"confidence=1\.0 must be between 0 and 1"):
         spearman_lower_bound(np.ones(8), np.ones(8), 1.0)
-    with pytest.raises(ValueError, match=r"advantage_trust: shapes \(2,\) and \(3,\) differ"):
-        advantage_trust(np.ones(2), np.ones(3))
-    with pytest.raises(ValueError, match="advantages must be finite and sds at least 0"):
-        advantage_trust(np.ones(2), np.array([1.0, -1.0]))
-    with pytest.raises(ValueError, match="kappa=-1 must be at least 0"):
-        advantage_trust(np.ones(2), np.ones(2), -1)

@@ -15,11 +15,7 @@ from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
 from trlhf.rl.judge import DRAWS, AnswerTable, settled
 from trlhf.targeting.acquisition import (
-    apl_scores,
     d_optimal_batch,
-    double_thompson,
-    least_agreed_scores,
-    max_entropy_scores,
     query_information,
     target_factor,
     target_matrix,
@@ -27,6 +23,7 @@ from trlhf.targeting.acquisition import (
     v_optimal_batch,
 )
 from trlhf.targeting.answers import AnswerModel
+from trlhf.targeting.baselines import apl_scores, double_thompson, least_agreed_scores, max_entropy_scores
 from trlhf.targeting.choose import Candidate
 from trlhf.targeting.frontier import frontier_value
 from trlhf.targeting.gate import gate, mahalanobis_distances, outlier_bound

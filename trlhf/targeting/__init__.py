@@ -4,13 +4,12 @@ from trlhf.targeting.acquisition import d_optimal_batch, query_information, targ
 from trlhf.targeting.answers import AnswerModel, Answers, fit_answers, label_likelihood
 from trlhf.targeting.choose import Candidate, choose_pairs, choose_verdicts, training_weights
 from trlhf.targeting.frontier import fit_top_answer_model, frontier_value, top_answer_probability
-from trlhf.targeting.trust import advantage_trust, trust_test
+from trlhf.targeting.trust import trust_test
 
 __all__ = [
     "AnswerModel",
     "Answers",
     "Candidate",
-    "advantage_trust",
     "choose_pairs",
     "choose_verdicts",
     "d_optimal_batch",

@@ -7,7 +7,6 @@ the questions. First come scores, one number a question; then the pickers, which
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -15,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from scipy.special import entr
 
 _CHUNK = 4096  # rows of queries in one product: bounds the memory
 
@@ -67,7 +65,7 @@ def target_factor(
     """Return A with AᵀA = `target_matrix`: row r is √(2 U w_r / (n-1)) · (φ_r - mean of the prompt's φ)."""
     features, weights, values = np.asarray(features, float), np.asarray(weights, float), np.asarray(values, float)
     prompts = np.asarray(prompts)
-    _same_lengths("target_matrix", features=features, prompts=prompts, weights=weights)
+    same_lengths("target_matrix", features=features, prompts=prompts, weights=weights)
     if prompts.size and not 0 <= prompts.min() <= prompts.max() < len(values):
         raise ValueError(
             f"target_matrix: prompts go from {prompts.min()} to {prompts.max()}; they must be indices into the "
@@ -108,57 +106,6 @@ def target_matrix(
     """
     factor = target_factor(features, prompts, weights, values)
     return np.asarray(factor.T @ factor)
-
-
-def max_entropy_scores(p: Float[ndarray, " N"]) -> Float[ndarray, " N"]:
-    """Return the entropy of each label in nats, -p·ln p - (1-p)·ln(1-p): uncertainty sampling.
-
-    Lewis and Gale 1994, https://arxiv.org/abs/cmp-lg/9407020. It does not ask what the label is good for, nor whether
-    the uncertainty can be reduced.
-
-    Raises:
-        ValueError: a value outside [0, 1].
-    """
-    p = np.asarray(p, float)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"max_entropy_scores: p must be in [0, 1], got {p.min()} to {p.max()}; give probabilities")
-    return np.asarray(entr(p) + entr(1 - p))
-
-
-def least_agreed_scores(top_share: Float[ndarray, " N"]) -> Float[ndarray, " N"]:
-    """Return 1 - share of the samples that gave the most frequent answer: what majority voting is least sure of."""
-    return np.asarray(1 - np.asarray(top_share, float))
-
-
-def apl_scores(
-    entropy: Float[ndarray, " N"], margin: Float[ndarray, " N"], keep_share: float = 0.5
-) -> Float[ndarray, " N"]:
-    """Return |margin| where the policy's entropy is among the largest, -inf elsewhere: active preference learning.
-
-    Muldrew et al. 2024, https://arxiv.org/abs/2402.08114: of the prompts with the largest predictive entropy, those
-    pairs first whose implicit rewards β·ln(π/π_ref) differ the most.
-
-    Args:
-        entropy: predictive entropy of the policy's response to the prompt, in nats.
-        margin: difference of the implicit rewards of the pair; its sign does not count.
-        keep_share: so much of the prompts passes, rounded up, in (0, 1]; of equal entropies the earlier.
-
-    Raises:
-        ValueError: a share out of range, or lengths that differ.
-    """
-    if not 0 < keep_share <= 1:
-        raise ValueError(f"apl_scores: keep_share={keep_share} must be in (0, 1]; 1 keeps every prompt")
-    entropy, margin = np.asarray(entropy, float), np.asarray(margin, float)
-    _same_lengths("apl_scores", entropy=entropy, margin=margin)
-    kept = np.argsort(-entropy, kind="stable")[: math.ceil(keep_share * len(entropy) - 1e-9)]
-    scores = np.full(len(margin), -np.inf)
-    scores[kept] = np.abs(margin[kept])
-    return scores
-
-
-def scrambled(scores: Float[ndarray, " N"], rng: np.random.Generator) -> Float[ndarray, " N"]:
-    """Return the same scores on the wrong questions: the control for "any choice of this kind would have done"."""
-    return np.asarray(rng.permutation(np.asarray(scores)))
 
 
 # ---- pickers ----
@@ -255,7 +202,7 @@ def top_batch(
         ValueError: lengths that differ, a negative or undefined score, a count below 0 or a limit below 1.
     """
     scores, groups = np.asarray(scores, float), np.asarray(groups)
-    _same_lengths("top_batch", scores=scores, groups=groups, kinds=kinds)
+    same_lengths("top_batch", scores=scores, groups=groups, kinds=kinds)
     bad = ~((scores >= 0) | (scores == -np.inf))
     if bad.any():
         raise ValueError(
@@ -274,98 +221,6 @@ def top_batch(
         picked[kind[best]] += 1
         limit.take(best)
     return np.array(picks, int)
-
-
-def uniform_batch(
-    n: int, groups: Int[ndarray, " N"], count: int, per_group: int, rng: np.random.Generator
-) -> Int[ndarray, " n"]:
-    """Pick at random: the first ``count`` of a random order of all ``n`` questions that leave a prompt its limit.
-
-    Raises:
-        ValueError: ``groups`` has not ``n`` entries, a count below 0 or a limit below 1.
-    """
-    groups = np.asarray(groups)
-    _same_lengths("uniform_batch", n=range(n), groups=groups)
-    limit = _Limit("uniform_batch", groups, count, per_group)
-    picks: list[int] = []
-    for index in rng.permutation(n).tolist():
-        if len(picks) == count:
-            break
-        if limit.open[index]:
-            picks.append(index)
-            limit.take(index)
-    return np.array(picks, int)
-
-
-def double_thompson(
-    draws: Float[ndarray, "S C"],
-    prompts: Int[ndarray, " C"],
-    count: int,
-    rng: np.random.Generator,
-    tries: int = 30,
-) -> Int[ndarray, " n"]:
-    """Pick answers to judge by double Thompson sampling, at most one a prompt, prompts in random order.
-
-    The original (Dwaracherla et al. 2024, https://arxiv.org/abs/2402.00396) compares two responses, each the best under
-    a reward function drawn from the posterior; see `double_thompson_pair`. A verdict is about one answer, so here, for
-    each prompt: draw a posterior sample and take its best answer; draw again, up to ``tries`` times, until another
-    answer is best. Such a prompt is contested, and the first draw's best answer is asked about. Prompts on which all
-    draws agree follow only when the contested ones are used up: the stand-in for the original's random second response.
-
-    Args:
-        draws: score of each answer under each of S ≥ 2 posterior samples.
-        prompts: whose answer it is: prompt index.
-        count: at most so many picks.
-        rng: order of the prompts and draws.
-        tries: second draws before a prompt counts as not contested.
-
-    Raises:
-        ValueError: fewer than 2 posterior samples, lengths that differ, or no tries.
-    """
-    draws, prompts = _drawn("double_thompson", draws, tries), np.asarray(prompts)
-    _same_lengths("double_thompson", columns_of_draws=draws.T, prompts=prompts)
-    if count < 0:
-        raise ValueError(f"double_thompson: count={count} must be at least 0; give the number of labels to buy")
-    order = np.argsort(prompts, kind="stable")
-    clusters = np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1) if len(prompts) else []
-    contested: list[int] = []
-    agreed: list[int] = []
-    for turn in rng.permutation(len(clusters)):
-        if len(contested) == count:
-            break
-        members = clusters[turn]
-        best = np.argmax(draws[:, members], 1)
-        first = best[rng.integers(len(draws))]
-        others = best[rng.integers(len(draws), size=tries)]
-        (contested if (others != first).any() else agreed).append(int(members[first]))
-    return np.array((contested + agreed)[:count], int)
-
-
-def double_thompson_pair(draws: Float[ndarray, "S R"], rng: np.random.Generator, tries: int = 30) -> tuple[int, int]:
-    """Return two different responses to compare, each the best under a reward function drawn from the posterior.
-
-    Double Thompson sampling, Dwaracherla et al. 2024, https://arxiv.org/abs/2402.00396: the second is drawn again, up
-    to ``tries`` times, until it differs from the first; then any other response, uniformly.
-
-    Args:
-        draws: score of each of R ≥ 2 responses of one prompt under each of S ≥ 2 posterior samples.
-        rng: of the draws.
-        tries: second draws before chance decides.
-
-    Raises:
-        ValueError: fewer than 2 posterior samples or responses, or no tries.
-    """
-    draws = _drawn("double_thompson_pair", draws, tries)
-    if draws.shape[1] < 2:
-        raise ValueError(f"double_thompson_pair: {draws.shape[1]} responses cannot be compared; give at least 2")
-    best = np.argmax(draws, 1)
-    first = int(best[rng.integers(len(draws))])
-    for _ in range(tries):
-        second = int(best[rng.integers(len(draws))])
-        if second != first:
-            return first, second
-    other = int(rng.integers(draws.shape[1] - 1))
-    return first, other + (other >= first)
 
 
 # ---- shared ----
@@ -409,7 +264,7 @@ def _greedy(
     z, omega = np.asarray(queries, float), np.asarray(information, float)
     costs, groups = np.asarray(costs, float), np.asarray(groups)
     base = np.zeros(len(z)) if base is None else np.asarray(base, float)
-    _same_lengths(function, queries=z, information=omega, costs=costs, groups=groups, base=base)
+    same_lengths(function, queries=z, information=omega, costs=costs, groups=groups, base=base)
     sigma = np.array(covariance, float)
     _check_design(function, z, omega, sigma, target, costs, base)
     limit = _Limit(function, groups, count, per_group)
@@ -477,15 +332,8 @@ def _check_design(
         raise ValueError(f"{function}: {rows.size} queries are not finite, the first is row {rows[0]}; drop them")
 
 
-def _drawn(function: str, draws: Float[ndarray, "S C"], tries: int) -> Float[ndarray, "S C"]:
-    if len(draws) < 2:
-        raise ValueError(f"{function}: {len(draws)} posterior samples cannot disagree; give at least 2 rows")
-    if tries < 1:
-        raise ValueError(f"{function}: tries={tries} must be at least 1; 30 is the default")
-    return np.asarray(draws, float)
-
-
-def _same_lengths(function: str, **arrays: Sequence[object] | ndarray) -> None:
+def same_lengths(function: str, **arrays: Sequence[object] | ndarray) -> None:
+    """Raise ValueError unless all arrays have one entry a question."""
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {n}" for name, n in lengths.items())

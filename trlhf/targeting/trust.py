@@ -1,4 +1,4 @@
-"""Whether the reward model's uncertainty deserves trust: as a whole, by a test; and advantage by advantage."""
+"""Whether the reward model's uncertainty deserves trust: a test on labels that nobody chose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.special import erf
 from scipy.stats import norm, rankdata
 
 LEAST_ITEMS = 8  # fewer cannot say anything
@@ -104,33 +103,3 @@ def trust_test(
             f"{'above' if passed else 'not above'} {least:g}; it is {'used' if passed else 'not used'}"
         )
     return TrustTest(passed, rho, lower, n, words)
-
-
-def advantage_trust(
-    advantages: Float[ndarray, "*N"], sds: Float[ndarray, "*N"], kappa: float = 1.0
-) -> Float[ndarray, "*N"]:
-    """Return how far the sign of each advantage can be trusted, c = max(0, 2Φ(|A|/(κs)) - 1), in [0, 1].
-
-    The posterior probability that the sign is right, less that it is wrong, with the standard deviation s widened by κ.
-    Computed as erf(|A|/(κs√2)), the same and never below 0. Where κs = 0 the advantage is known: 1, and 0 for A = 0.
-
-    Args:
-        advantages: A.
-        sds: s, standard deviation of A under the posterior, at least 0, in the same unit.
-        kappa: κ, at least 0; 0 trusts every sign.
-
-    Raises:
-        ValueError: shapes that differ, or a negative or undefined value.
-    """
-    advantages, sds = np.asarray(advantages, float), np.asarray(sds, float)
-    if advantages.shape != sds.shape:
-        raise ValueError(f"advantage_trust: shapes {advantages.shape} and {sds.shape} differ; give an sd per advantage")
-    if not np.isfinite(advantages).all() or not (sds >= 0).all():
-        raise ValueError(
-            "advantage_trust: advantages must be finite and sds at least 0; check the reward model's scores"
-        )
-    if not kappa >= 0:
-        raise ValueError(f"advantage_trust: kappa={kappa} must be at least 0; 1 takes the posterior as it is")
-    size, scale = np.abs(advantages), kappa * sds * np.sqrt(2)
-    known = scale == 0
-    return np.asarray(np.where(known, size > 0, erf(size / np.where(known, 1.0, scale))), float)
