@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
 if TYPE_CHECKING:
-    from trlhf.config import Config, DataConfig
+    from trlhf.config import Config, DataConfig, RlConfig
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
@@ -257,6 +258,7 @@ def _rl(config: Config) -> Iterator[Problem]:
             f"rl.kl_horizon={rl.kl_horizon} is so short that one step of rl.prompts_per_step*rl.samples_per_prompt="
             f"{responses} responses could take rl.kl_coef to 0 or below; try {10 * responses} or more",
         )
+    yield from _anchors(rl)
     if rl.anchor_coef > 0 and rl.anchor_prompts == 0:
         yield Problem(
             ("rl.anchor_coef", "rl.anchor_prompts"),
@@ -273,6 +275,29 @@ def _rl(config: Config) -> Iterator[Problem]:
             ("rl.value_warmup_steps", "rl.rounds", "rl.steps_per_round"),
             f"rl.value_warmup_steps={rl.value_warmup_steps} must be smaller than rl.rounds*rl.steps_per_round={steps}, "
             f"or the policy never learns; try {steps // 10}",
+        )
+
+
+def _anchors(rl: RlConfig) -> Iterator[Problem]:
+    """The anchors' own controller."""
+    if rl.anchor_kl_target is None:
+        return
+    if rl.anchor_coef == 0:
+        yield Problem(
+            ("rl.anchor_kl_target", "rl.anchor_coef"),
+            f"rl.anchor_kl_target={show(rl.anchor_kl_target)} adapts rl.anchor_coef by factors, but rl.anchor_coef=0 "
+            "stays 0; start from 0.2, or set rl.anchor_kl_target=null",
+        )
+    if rl.algorithm == "ppo":
+        steps = math.ceil(rl.prompts_per_step * rl.samples_per_prompt / rl.minibatch_size)
+    else:
+        steps = math.ceil(rl.prompts_per_step * rl.pairs_per_prompt / rl.pairs_per_step)
+    responses = rl.epochs * steps * rl.anchor_prompts
+    if 0.2 * responses >= rl.anchor_kl_horizon:
+        yield Problem(
+            ("rl.anchor_kl_horizon", "rl.anchor_prompts"),
+            f"rl.anchor_kl_horizon={rl.anchor_kl_horizon} is so short that one rollout batch, which looks at anchors "
+            f"{responses} times, could take rl.anchor_coef to 0 or below; try {5 * responses} or more",
         )
 
 

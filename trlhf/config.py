@@ -151,6 +151,8 @@ class RlConfig:
     kl_horizon: int = setting(10_000, low=1)  # responses; https://arxiv.org/abs/1909.08593, sec. 2.2
     anchor_coef: float = setting(0.2, low=0)  # per nat, full-token KL on mastered and untargeted prompts
     anchor_prompts: int = setting(12, low=0)  # per step
+    anchor_kl_target: float | None = setting(None, above=0)  # nats per token, as anchor_kl; set: its coefficient adapts
+    anchor_kl_horizon: int = setting(500, low=1)  # responses of anchors; as rl.kl_horizon, in far fewer
     missing_eos_penalty: float = setting(1.0, low=0)  # taken off the score of a response that never ends
     uncertainty_penalty: float = setting(1.0, low=0)  # kappa in mean - kappa * sd
     open_share: float = setting(0.1, low=0, high=1)  # of each step's prompts: open ones, scored by the reward model
