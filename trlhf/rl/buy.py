@@ -30,6 +30,7 @@ from trlhf.rl.ask import (
     may_be_asked,
     typical_rollouts,
 )
+from trlhf.rl.frontier import describe_frontier, draw_candidates, expected_rate, note_samples, refit_prior
 from trlhf.rl.judge import settled, texts_of
 from trlhf.rl.round import Round, decisions_file, samples_file
 from trlhf.rollout import Sampling, sample_responses
@@ -99,6 +100,7 @@ def buy_labels(trainer: Round) -> None:
     _note_pass_rates(trainer, candidates, knowledge)
     if targeting.update == "targeted":
         _note_outlook(trainer, exact, labels, knowledge)
+    _note_looks(trainer, exact, knowledge)
     stage.write_json(decisions_file(number), decided | _outcome(trainer, questions, bought, labels, knowledge))
 
 
@@ -271,6 +273,17 @@ def _note_pass_rates(trainer: Round, candidates: Sequence[Candidate], knowledge:
             trainer.state.pass_rates[candidate.prompt.id] = rate
 
 
+def _note_looks(trainer: Round, candidates: Sequence[Candidate], knowledge: Knowledge) -> None:
+    """Note what the candidates' samples say of their pass rates, and refit the label-free prior to all labels."""
+    state, least = trainer.state, trainer.config.targeting.least_trust
+    for candidate in candidates:
+        name = candidate.prompt.id
+        verified = knowledge.right_answer(name) is not None
+        expected = None if verified else expected_rate(state.outlook, name, least)
+        note_samples(state, name, candidate.rollouts, knowledge, expected)
+    refit_prior(state)
+
+
 def _note_outlook(
     trainer: Round, candidates: Sequence[Candidate], labels: Sequence[Label], knowledge: Knowledge
 ) -> None:
@@ -309,8 +322,7 @@ def _outcome(
         "budget_left": max(0.0, trainer.inputs.ledger.budget - sum(label.cost for label in labels)),
         "verifiable_prompts": len(knowledge.verifiable_prompts()),
         "mixed": sum(0 < rate < 1 for rate in rates),
-        "mastered": sum(rate == 1 for rate in rates),
-        "hopeless": sum(rate == 0 for rate in rates),
+        "frontier": describe_frontier(state, trainer.pool, trainer.config.rl.samples_per_prompt),
         "judged_with_trust": trusted,
         "repeated_verdicts": pairs,
         "estimated_flip_rate": error,
@@ -318,10 +330,11 @@ def _outcome(
         "questions": [{"kind": q.kind, "prompt": q.prompt.id, "answer": q.answer, "why": q.why} for q in questions],
     }
     log.info(
-        "round %d: %d verdicts bought (%d right), %d preferences, %g labels left; %d prompts can be verified: %d with "
-        "mixed samples, %d mastered, %d hopeless; %d more are judged with trust",
+        "round %d: %d verdicts bought (%d right), %d preferences, %g labels left; %d prompts can be verified, %d of "
+        "them with mixed samples; %d more are judged with trust; %d of %d seen are probably mastered, %d hopeless",
         number, len(verdicts), right, found["preferences"], trainer.inputs.ledger.remaining,
-        found["verifiable_prompts"], found["mixed"], found["mastered"], found["hopeless"], trusted,
+        found["verifiable_prompts"], found["mixed"], trusted,
+        found["frontier"]["mastered"], found["frontier"]["seen"], found["frontier"]["hopeless"],
     )  # fmt: skip
     return found
 
@@ -349,7 +362,8 @@ def sample_candidates(trainer: Round, before: Knowledge) -> list[Candidate]:
         pinned = pinned[: config.targeting.candidates // 2]
     held = {prompt.id for prompt in pinned}
     others = [prompt for prompt in trainer.pool if prompt.id not in held]
-    prompts = pinned + rng.sample(others, min(config.targeting.candidates - len(pinned), len(others)))
+    probe = config.targeting.pass_rates == "posterior"
+    prompts = pinned + draw_candidates(trainer.state, others, config.targeting.candidates - len(pinned), rng, probe)
     sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
     generator = torch_generator(config.seed, "rl", "candidates", number)
     title = f"round {number}: sampling candidates"

@@ -17,6 +17,7 @@ from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner
 from trlhf.rl.experience import Group
+from trlhf.rl.frontier import measure_drift
 from trlhf.rl.health import held_out_accuracies
 from trlhf.rl.monitor import end_early, judge_step
 from trlhf.rl.ppo import PpoLearner
@@ -40,7 +41,8 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
     rl = config.rl
     policy = inputs.roles.policy
     tokenizer = load_tokenizer(inputs.sft)
-    learner = _learner(config, inputs.roles, int(tokenizer.pad_token_id))
+    pad_id = int(tokenizer.pad_token_id)
+    learner = _learner(config, inputs.roles, pad_id)
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()
     checkpoint.prune(stage, state, rl.save_total_limit)
@@ -67,9 +69,12 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                     state.last = learner.update(
                         groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
                     )
+                    moved = measure_drift(policy, groups, rl, pad_id)
+                    state.drift += moved
                     state.step += 1
                     seconds = time.monotonic() - begun
-                    stage.log(state.step, round=number, **state.last, **judge_step(trainer), **_speed(groups, seconds))
+                    line = {**state.last, "drift": moved, **judge_step(trainer), **_speed(groups, seconds)}
+                    stage.log(state.step, round=number, **line)
                     stage.write_jsonl("samples.jsonl", (row for group in groups for row in group.rows()))
                     advance(1, f"round {number}, reward {state.last['reward']:.2f}")
                     stop, due = preemption.requested(), state.step % rl.save_steps == 0
