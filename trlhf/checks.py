@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trlhf.config import LABEL_RULES, UPDATE_RULES
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
@@ -29,6 +31,16 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _data(config)
     yield from _labels(config)
     yield from _rl(config)
+    yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
+    yield from _rules("targeting.stop_rules", config.targeting.stop_rules, LABEL_RULES)
+
+
+def _rules(key: str, chosen: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}, or write [] for none"
+            yield Problem((key,), f"{key}=[{','.join(chosen)}]: there is no rule {name}; {remedy}")
 
 
 def _run(config: Config) -> Iterator[Problem]:
@@ -259,6 +271,12 @@ def _rl(config: Config) -> Iterator[Problem]:
             f"{responses} responses could take rl.kl_coef to 0 or below; try {10 * responses} or more",
         )
     yield from _anchors(rl)
+    if rl.interpolate and config.model.quantization != "none":
+        yield Problem(
+            ("rl.interpolate", "model.quantization"),
+            f"rl.interpolate=true scales an adapter over the bare base, but with model.quantization="
+            f"{config.model.quantization} the reference is an adapter too; set rl.interpolate=false",
+        )
     if rl.anchor_coef > 0 and rl.anchor_prompts == 0:
         yield Problem(
             ("rl.anchor_coef", "rl.anchor_prompts"),

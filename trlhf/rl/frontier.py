@@ -76,7 +76,7 @@ def describe_frontier(state: Progress, pool: Sequence[Prompt], group: int) -> di
     found: dict[str, Any] = {"prompts": len(exact), "seen": len(seen), "worth": 0.0}
     alpha, beta = posterior_of(state, seen)
     kinds = sets(alpha, beta)
-    found |= {name: kinds.count(name) for name in ("frontier", "mastered", "hopeless")}  # type: ignore[arg-type]
+    found |= {name: kinds.count(name) for name in ("frontier", "mastered", "hopeless")}
     if seen:
         found["worth"] = settled(float(frontier_value(alpha, beta, group).mean()) * len(exact))
     return found | {"prior": state.prior, "drift": settled(state.drift)}
@@ -110,9 +110,10 @@ def draw_candidates(
 def measure_drift(policy: Role, groups: Sequence[Group], config: RlConfig, pad_id: int) -> float:
     """Return KL(π_then ‖ π_now) of the update just done, nats a response: how far it moved the policy.
 
-    k3, from one fresh sample of each prompt: the sampler's own log-probabilities against those of the updated policy.
-    What a stage moved is the sum over its updates. That takes the steps as independent: a policy that goes straight
-    ahead moves further, √KL adding up instead of KL; one that wavers moves less.
+    k2 (half the squared log-ratio, right to second order), from one fresh sample of each prompt: the sampler's own
+    log-probabilities against those of the updated policy. k3 is unbiased, but one token that became far likelier made
+    a whole batch's estimate. What a stage moved is the sum over its updates. That takes the steps as independent: a
+    policy that goes straight ahead moves further, √KL adding up instead of KL; one that wavers moves less.
     """
     total = 0.0
     ordered = sorted(share(groups), key=lambda group: len(group.rollouts[0].token_ids))
@@ -125,7 +126,7 @@ def measure_drift(policy: Role, groups: Sequence[Group], config: RlConfig, pad_i
         with policy.acting() as model:
             now = response_logprobs(model, batch, config.temperature)
         then = sampler_logprobs(rollouts, batch.response_mask)
-        total += float(masked_sum(kl_estimate(then, now, "k3"), batch.response_mask))
+        total += float(masked_sum(kl_estimate(then, now, "k2"), batch.response_mask))
     return sum_counts({"drift": total})["drift"] / max(1, len(groups))
 
 

@@ -108,9 +108,10 @@ class Round:
         """Prompts that show, at the end of every round, what training does where it never looked.
 
         None where labels decide every reward of an exact prompt: what is verified cannot be over-optimised, and prompts
-        held out are prompts not learned from.
+        held out are prompts not learned from. But ``rl.interpolate`` chooses by them.
         """
-        if not self.config.rl.held_out_patience or not self.config.rl.unverified_share:
+        rl = self.config.rl
+        if not (rl.held_out_patience and rl.unverified_share) and not rl.interpolate:
             return []
         return held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
 

@@ -19,6 +19,7 @@ from trlhf.rl.dpo import DpoLearner
 from trlhf.rl.experience import Group
 from trlhf.rl.frontier import measure_drift
 from trlhf.rl.health import held_out_accuracies
+from trlhf.rl.interpolate import interpolate
 from trlhf.rl.monitor import end_early, judge_step
 from trlhf.rl.ppo import PpoLearner
 from trlhf.rl.round import RlInputs, Round, samples_file
@@ -87,10 +88,15 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
             if state.health["stopped"]:
                 break
     stopped = end_early(trainer, learner)
+    interpolation = interpolate(trainer)
     with stage.new_directory("model") as folder:
         save_model(policy.model, tokenizer, folder, config.model.dtype, policy.adapter)
     metrics = {"steps": state.step, "rounds": state.round, "anchors": len(state.anchors), "last_step": state.last}
-    metrics |= {"stopped": stopped, "held_out_accuracy": held_out_accuracies(state.health)}
+    metrics |= {
+        "interpolation": interpolation,
+        "stopped": stopped,
+        "held_out_accuracy": held_out_accuracies(state.health),
+    }
     metrics["verifiable_prompts"] = len(inputs.ledger.knowledge().verifiable_prompts())
     ledger = inputs.ledger
     metrics["labels"] = {"budget": ledger.budget, "spent": ledger.spent, "remaining": ledger.remaining}

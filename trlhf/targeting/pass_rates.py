@@ -158,8 +158,8 @@ def posterior(
 
 def sets(alpha: Float[ndarray, " N"], beta: Float[ndarray, " N"]) -> list[Set]:
     """Say of each prompt whether it is mastered, P(p > 0.9) > 0.8, hopeless, P(p < 0.05) > 0.8, or on the frontier."""
-    mastered = beta_distribution.sf(MASTERED, alpha, beta) > CERTAINTY
-    hopeless = beta_distribution.cdf(HOPELESS, alpha, beta) > CERTAINTY
+    mastered = np.asarray(beta_distribution.sf(MASTERED, alpha, beta)) > CERTAINTY
+    hopeless = np.asarray(beta_distribution.cdf(HOPELESS, alpha, beta)) > CERTAINTY
     return ["mastered" if m else "hopeless" if h else "frontier" for m, h in zip(mastered, hopeless, strict=True)]
 
 
