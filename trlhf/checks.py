@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trlhf.config import LABEL_RULES, UPDATE_RULES
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
 if TYPE_CHECKING:
-    from trlhf.config import Config, DataConfig
+    from trlhf.config import Config, DataConfig, RlConfig
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
@@ -28,6 +31,16 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _data(config)
     yield from _labels(config)
     yield from _rl(config)
+    yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
+    yield from _rules("targeting.stop_rules", config.targeting.stop_rules, LABEL_RULES)
+
+
+def _rules(key: str, chosen: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}, or write [] for none"
+            yield Problem((key,), f"{key}=[{','.join(chosen)}]: there is no rule {name}; {remedy}")
 
 
 def _run(config: Config) -> Iterator[Problem]:
@@ -257,6 +270,13 @@ def _rl(config: Config) -> Iterator[Problem]:
             f"rl.kl_horizon={rl.kl_horizon} is so short that one step of rl.prompts_per_step*rl.samples_per_prompt="
             f"{responses} responses could take rl.kl_coef to 0 or below; try {10 * responses} or more",
         )
+    yield from _anchors(rl)
+    if rl.interpolate and config.model.quantization != "none":
+        yield Problem(
+            ("rl.interpolate", "model.quantization"),
+            f"rl.interpolate=true scales an adapter over the bare base, but with model.quantization="
+            f"{config.model.quantization} the reference is an adapter too; set rl.interpolate=false",
+        )
     if rl.anchor_coef > 0 and rl.anchor_prompts == 0:
         yield Problem(
             ("rl.anchor_coef", "rl.anchor_prompts"),
@@ -273,6 +293,29 @@ def _rl(config: Config) -> Iterator[Problem]:
             ("rl.value_warmup_steps", "rl.rounds", "rl.steps_per_round"),
             f"rl.value_warmup_steps={rl.value_warmup_steps} must be smaller than rl.rounds*rl.steps_per_round={steps}, "
             f"or the policy never learns; try {steps // 10}",
+        )
+
+
+def _anchors(rl: RlConfig) -> Iterator[Problem]:
+    """The anchors' own controller."""
+    if rl.anchor_kl_target is None:
+        return
+    if rl.anchor_coef == 0:
+        yield Problem(
+            ("rl.anchor_kl_target", "rl.anchor_coef"),
+            f"rl.anchor_kl_target={show(rl.anchor_kl_target)} adapts rl.anchor_coef by factors, but rl.anchor_coef=0 "
+            "stays 0; start from 0.2, or set rl.anchor_kl_target=null",
+        )
+    if rl.algorithm == "ppo":
+        steps = math.ceil(rl.prompts_per_step * rl.samples_per_prompt / rl.minibatch_size)
+    else:
+        steps = math.ceil(rl.prompts_per_step * rl.pairs_per_prompt / rl.pairs_per_step)
+    responses = rl.epochs * steps * rl.anchor_prompts
+    if 0.2 * responses >= rl.anchor_kl_horizon:
+        yield Problem(
+            ("rl.anchor_kl_horizon", "rl.anchor_prompts"),
+            f"rl.anchor_kl_horizon={rl.anchor_kl_horizon} is so short that one rollout batch, which looks at anchors "
+            f"{responses} times, could take rl.anchor_coef to 0 or below; try {5 * responses} or more",
         )
 
 

@@ -25,6 +25,8 @@ Acquisition = Literal[
     "least_agreed",
     "scrambled",
 ]
+UPDATE_RULES = ("outliers_doubled", "longer_without_accuracy", "frontier_used_up", "anchors_fell")
+LABEL_RULES = ("labels_buy_too_little", "held_out_gain_covers_zero")  # both are functions of trlhf.targeting.stopping
 MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -151,6 +153,8 @@ class RlConfig:
     kl_horizon: int = setting(10_000, low=1)  # responses; https://arxiv.org/abs/1909.08593, sec. 2.2
     anchor_coef: float = setting(0.2, low=0)  # per nat, full-token KL on mastered and untargeted prompts
     anchor_prompts: int = setting(12, low=0)  # per step
+    anchor_kl_target: float | None = setting(None, above=0)  # nats per token, as anchor_kl; set: its coefficient adapts
+    anchor_kl_horizon: int = setting(500, low=1)  # responses of anchors; as rl.kl_horizon, in far fewer
     missing_eos_penalty: float = setting(1.0, low=0)  # taken off the score of a response that never ends
     uncertainty_penalty: float = setting(1.0, low=0)  # kappa in mean - kappa * sd
     open_share: float = setting(0.1, low=0, high=1)  # of each step's prompts: open ones, scored by the reward model
@@ -167,9 +171,14 @@ class RlConfig:
     save_steps: int = setting(4, low=1)  # rollout batches between checkpoints
     save_total_limit: int = setting(
         2, low=2, remedy="the newest may be beyond rl.max_kl"
-    )  # checkpoints kept, beside that of the best round
+    )  # checkpoints kept, beside those that a stop would go back to
     max_kl: float | None = setting(50.0, above=0)  # nats per response to the reference, k1; beyond it the run stops
+    max_anchor_kl: float | None = setting(0.2, above=0)  # nats per token on the anchors; beyond it the run stops
     held_out_patience: int = setting(2, low=0)  # rounds with reward up, held-out accuracy down; 0: never stops so
+    stop_rules: list[str] = setting(
+        ["outliers_doubled", "longer_without_accuracy", "frontier_used_up"]
+    )  # looked at after every round; besides: anchors_fell
+    interpolate: bool = False  # end between reference and policy, where held-out prompts say so (2309.06256)
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,10 @@ class TargetingConfig:
     round_share: float = setting(0.5, low=0, high=1)  # of what is left of the budget, each round but the last; 0: equal
     uniform_share: float = setting(0.1, low=0, high=1)  # of each round's verdicts: at random, to test the uncertainty
     repeat_share: float = setting(0.05, low=0, high=1)  # of each round's labels: asked again, to measure the noise
+    pass_rates: Literal["last", "posterior"] = "last"  # that prompts are drawn by: last samples', or all, fading
     hardness: float = setting(1.0, low=0)  # eta: verified prompts are drawn by P(mixed group)·(1 - pass rate)^eta
     least_trust: float = setting(0.5, low=0, below=1)  # unverified prompts are trained on from this trust on
+    stop_rules: list[str] = setting(["labels_buy_too_little"])  # of buying; besides: held_out_gain_covers_zero
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,9 @@ def test_held_out_prompts_are_sampled_alike_in_every_process(tiny_model_dir: Pat
         config = Config(rl=RlConfig(max_new_tokens=6, samples_per_prompt=3, unverified_share=0.1))
         trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, policy, tokenizer, Progress(round=number))
         trainer.knowledge = Knowledge(LABELS)
-        return measure_held_out(trainer)
+        rates, tokens = measure_held_out(trainer)
+        assert tokens is not None and 1 <= tokens <= 6
+        return rates
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trlhf.rl.monitor.pass_rates", lambda prompts, sampled, _: drawn.append(sampled))
@@ -377,7 +379,12 @@ def test_a_healthy_run_goes_to_its_end(train: Train, tmp_path: Path) -> None:
         *(None, 0.25, None, 0.5, None, 0.75, None, 1.0)
     ]
     written = json.loads((tmp_path / "run/rl/round_02.json").read_text())
-    assert written == {"round": 2, "held_out": {"accuracy": 0.5, "pass_rates": dict.fromkeys(HELD, 0.5)}}
+    assert written["held_out"] == {"accuracy": 0.5, "pass_rates": dict.fromkeys(HELD, 0.5)}
+    assert written["ended"] == {
+        "step": 4, "tokens": None, "held_out_tokens": 1.0, "held_out_accuracy": 0.5, "frontier_before": None,
+        "frontier": None, "outliers": None, "outliers_of": None, "anchors_before": None, "anchors": None,
+        "anchor_kl": None, "stopped": None,
+    }  # fmt: skip
     assert news_of("rl", metrics)["rl"] == {"stopped": None, "held_out_accuracy": [0.25, 0.5, 0.75, 1.0]}
 
 

@@ -12,6 +12,7 @@ from trlhf.targeting import (
     choose_verdicts,
     fit_top_answer_model,
     frontier_value,
+    last_pass_rates,
     top_answer_probability,
     training_weights,
 )
@@ -102,13 +103,15 @@ def test_pairs_are_of_different_responses_to_open_prompts() -> None:
 
 
 def test_training_weights_sum_to_one_and_favour_the_frontier() -> None:
-    rates = [0.0, 0.5, 1.0, None]
-    assert training_weights(rates, 8, 8, "plain") == pytest.approx([0.25] * 4)
-    weights = training_weights(rates, 8, 8, "frontier")
+    weights = training_weights(*last_pass_rates([0.0, 0.5, 1.0, None], 8), 8)
     assert weights.sum() == pytest.approx(1)
     assert weights[1] == weights[3] > 3 * weights[0] and weights[0] == pytest.approx(weights[2])
-    hard = training_weights([0.25, 0.75], 8, 8, "targeted", 1.0)
+    alpha, beta = last_pass_rates([0.25, 0.75], 8)
+    assert (alpha.tolist(), beta.tolist()) == ([2.5, 6.5], [6.5, 2.5])
+    hard = training_weights(alpha, beta, 8, 1.0)
     assert hard[0] / hard[1] == pytest.approx((0.5 + 6) / (0.5 + 2)) and hard.sum() == pytest.approx(1)
+    mixed = training_weights(alpha, beta, 8, np.array([1.0, 0.0]), np.array([1.0, 0.5]))
+    assert mixed[0] / mixed[1] == pytest.approx(6.5 / 9 / 0.5)
 
 
 def test_once_an_answer_is_ruled_out_the_next_one_gains() -> None:

@@ -30,18 +30,21 @@ from trlhf.rl.ask import (
     may_be_asked,
     typical_rollouts,
 )
+from trlhf.rl.frontier import describe_frontier, draw_candidates, expected_rate, note_samples, refit_prior
 from trlhf.rl.judge import settled, texts_of
+from trlhf.rl.outliers import count_outliers
 from trlhf.rl.round import Round, decisions_file, samples_file
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
 from trlhf.targeting import Candidate, choose_pairs, choose_verdicts, fit_top_answer_model
-from trlhf.targeting.stopping import labels_buy_too_little
+from trlhf.targeting.stopping import held_out_gain_covers_zero, labels_buy_too_little
 from trlhf.targeting.trust import TrustTest
 from trlhf.types import Label, Prompt, Question
 
 log = logging.getLogger("trlhf")
 BY_ANSWERS = ("v_optimal", "d_optimal", "max_entropy", "double_thompson", "apl", "least_agreed", "scrambled")
 LEAST_TESTED = 16  # uniform verdicts from which the uncertainty is tested; before, it is taken on credit
+LEAST_P = 1e-3  # a prediction counts as no surer than this against what came
 
 
 def predictions_file(number: int) -> str:
@@ -68,6 +71,7 @@ def buy_labels(trainer: Round) -> None:
         outlook = _outlook(trainer, exact, labels)
     if outlook is not None:
         decided |= {"flip_rate": trainer.flip_rate, "spread": outlook.model.spread}
+        decided["outliers"] = count_outliers(stage.path, outlook.table, exact)
     rng = numpy_rng(config.seed, "rl", "choose", number)
     count = _affordable(trainer)
     pairs_wanted = round(count * targeting.preference_share) if _has_open(trainer) else 0
@@ -99,6 +103,7 @@ def buy_labels(trainer: Round) -> None:
     _note_pass_rates(trainer, candidates, knowledge)
     if targeting.update == "targeted":
         _note_outlook(trainer, exact, labels, knowledge)
+    _note_looks(trainer, exact, knowledge)
     stage.write_json(decisions_file(number), decided | _outcome(trainer, questions, bought, labels, knowledge))
 
 
@@ -174,11 +179,62 @@ def _choose_verdicts(
     decided["value_of_next_label"] = settled(values[-1]) if values else None
     earlier = [_read_round(trainer, n).get("value_per_label") for n in range(1, number)]
     drops = [value for value in [*earlier, decided["value_per_label"]] if value is not None]
-    if reason := labels_buy_too_little(drops, int(trainer.inputs.ledger.remaining)):
+    reason, left = None, int(trainer.inputs.ledger.remaining)
+    if "labels_buy_too_little" in targeting.stop_rules:
+        reason = labels_buy_too_little(drops, left)
+    if "held_out_gain_covers_zero" in targeting.stop_rules:
+        decided["uniform_slice"] = _two_predictions(trainer, candidates, outlook, uniform, labels)
+        reason = reason or held_out_gain_covers_zero(_gains(trainer, labels), left)
+    if reason is not None:
         decided["labels_stopped"] = reason
         log.warning("round %d: %s", number, reason)
         return []
     return [*targeted, *uniform, *repeats]
+
+
+def _two_predictions(
+    trainer: Round,
+    candidates: Sequence[Candidate],
+    outlook: Outlook,
+    uniform: Sequence[Chosen],
+    labels: Sequence[Label],
+) -> list[dict[str, Any]]:
+    """Return what is predicted of verdicts that chance chose, with the last round's labels and without them.
+
+    Both before the verdicts are bought, so that what comes tells what the last round's labels were worth.
+    """
+    number, rate = trainer.state.round, trainer.flip_rate
+    if number < 2 or not uniform:
+        return []
+    judge = trainer.fit_judge([label for label in labels if label.round < number - 1])
+    trainer.flip_rate = rate  # `fit_judge` estimates it from the labels that it is given
+    assert judge is not None and judge.model is not None
+    prompts, texts = [c.prompt for c in candidates], [texts_of(c.rollouts) for c in candidates]
+    table = judge.table(prompts, texts, [len(candidate.rollouts) for candidate in candidates])
+    earlier = judge.model.probabilities(table.answers)
+    names = [candidates[outlook.table.places[p]].prompt.id for p in outlook.table.answers.prompts]
+    rows = []
+    for verdict in uniform:
+        asked = verdict.question
+        row = next(n for n, at in enumerate(names) if at == asked.prompt.id and table.names[n] == asked.answer)
+        now, before = settled(float(outlook.probabilities[row])), settled(float(earlier[row]))
+        rows.append({"prompt_id": asked.prompt.id, "answer": asked.answer, "with": now, "without": before})
+    return rows
+
+
+def _gains(trainer: Round, labels: Sequence[Label]) -> list[Float[np.ndarray, " N"]]:
+    """Return by round, from the second on, by how much the labels before it lowered the NLL of its uniform verdicts."""
+    told = {(x.prompt_id, x.answer, x.round): x.outcome == "right" for x in labels if x.kind == "verdict"}
+    gains = []
+    for number in range(2, trainer.state.round):
+        found = []
+        for row in _read_round(trainer, number).get("uniform_slice", []):
+            right = told.get((row["prompt_id"], row["answer"], number))
+            if right is not None:
+                now, before = (row[key] if right else 1 - row[key] for key in ("with", "without"))
+                found.append(math.log(max(now, LEAST_P)) - math.log(max(before, LEAST_P)))
+        gains.append(np.array(found))
+    return gains
 
 
 def _behind_the_gate(
@@ -271,6 +327,17 @@ def _note_pass_rates(trainer: Round, candidates: Sequence[Candidate], knowledge:
             trainer.state.pass_rates[candidate.prompt.id] = rate
 
 
+def _note_looks(trainer: Round, candidates: Sequence[Candidate], knowledge: Knowledge) -> None:
+    """Note what the candidates' samples say of their pass rates, and refit the label-free prior to all labels."""
+    state, least = trainer.state, trainer.config.targeting.least_trust
+    for candidate in candidates:
+        name = candidate.prompt.id
+        verified = knowledge.right_answer(name) is not None
+        expected = None if verified else expected_rate(state.outlook, name, least)
+        note_samples(state, name, candidate.rollouts, knowledge, expected)
+    refit_prior(state)
+
+
 def _note_outlook(
     trainer: Round, candidates: Sequence[Candidate], labels: Sequence[Label], knowledge: Knowledge
 ) -> None:
@@ -301,7 +368,7 @@ def _outcome(
     rates = list(state.pass_rates.values())
     error, pairs = flip_rate(labels)
     trusted = sum(trust >= trainer.config.targeting.least_trust for _, trust in state.outlook.values())
-    found = {
+    found: dict[str, Any] = {
         "labels_bought": len(bought),
         "verdicts": len(verdicts),
         "right": right,
@@ -309,8 +376,7 @@ def _outcome(
         "budget_left": max(0.0, trainer.inputs.ledger.budget - sum(label.cost for label in labels)),
         "verifiable_prompts": len(knowledge.verifiable_prompts()),
         "mixed": sum(0 < rate < 1 for rate in rates),
-        "mastered": sum(rate == 1 for rate in rates),
-        "hopeless": sum(rate == 0 for rate in rates),
+        "frontier": describe_frontier(state, trainer.pool, trainer.config.rl.samples_per_prompt),
         "judged_with_trust": trusted,
         "repeated_verdicts": pairs,
         "estimated_flip_rate": error,
@@ -318,10 +384,11 @@ def _outcome(
         "questions": [{"kind": q.kind, "prompt": q.prompt.id, "answer": q.answer, "why": q.why} for q in questions],
     }
     log.info(
-        "round %d: %d verdicts bought (%d right), %d preferences, %g labels left; %d prompts can be verified: %d with "
-        "mixed samples, %d mastered, %d hopeless; %d more are judged with trust",
+        "round %d: %d verdicts bought (%d right), %d preferences, %g labels left; %d prompts can be verified, %d of "
+        "them with mixed samples; %d more are judged with trust; %d of %d seen are probably mastered, %d hopeless",
         number, len(verdicts), right, found["preferences"], trainer.inputs.ledger.remaining,
-        found["verifiable_prompts"], found["mixed"], found["mastered"], found["hopeless"], trusted,
+        found["verifiable_prompts"], found["mixed"], trusted,
+        found["frontier"]["mastered"], found["frontier"]["seen"], found["frontier"]["hopeless"],
     )  # fmt: skip
     return found
 
@@ -349,7 +416,8 @@ def sample_candidates(trainer: Round, before: Knowledge) -> list[Candidate]:
         pinned = pinned[: config.targeting.candidates // 2]
     held = {prompt.id for prompt in pinned}
     others = [prompt for prompt in trainer.pool if prompt.id not in held]
-    prompts = pinned + rng.sample(others, min(config.targeting.candidates - len(pinned), len(others)))
+    probe = config.targeting.pass_rates == "posterior"
+    prompts = pinned + draw_candidates(trainer.state, others, config.targeting.candidates - len(pinned), rng, probe)
     sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
     generator = torch_generator(config.seed, "rl", "candidates", number)
     title = f"round {number}: sampling candidates"

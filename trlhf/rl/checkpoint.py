@@ -16,6 +16,7 @@ from trlhf.rl.anchors import Anchor
 from trlhf.rl.health import Health, new_health, protected
 from trlhf.roles import Role
 from trlhf.run import CHECKPOINTS, StageDirectory
+from trlhf.targeting.pass_rates import Look, fit_prior
 
 STATE = "state.pt"
 REGULAR, EXTRA = "checkpoint", "stopped"  # of the steps where each run saves; of the one where this run was stopped
@@ -48,6 +49,9 @@ class Progress:
         health: what the rules that stop the stage early remember.
         outlook: prompt id → what is expected of a prompt that no label decides: its pass rate, and the largest trust in
             the advantage of one of its samples.
+        looks: prompt id → what its samples have shown of its pass rate.
+        prior: coefficients of its label-free prior.
+        drift: nats a response that the updates have moved the policy by, added up.
     """
 
     round: int = 1
@@ -58,6 +62,9 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)
     health: Health = field(default_factory=new_health)
     outlook: dict[str, tuple[float, float]] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict)
+    prior: list[float] = field(default_factory=lambda: fit_prior(()))
+    drift: float = 0.0
 
 
 def folder_of(stage: StageDirectory, step: int, kind: str = REGULAR) -> Path:

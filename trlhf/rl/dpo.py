@@ -24,8 +24,9 @@ from trlhf.logprobs import (
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.losses.ppo import kl_estimate
 from trlhf.masks import masked_sum
-from trlhf.rl.anchors import Anchor, anchor_tokens, hold
+from trlhf.rl.anchors import Anchor
 from trlhf.rl.experience import Group, describe, sampler_logprobs
+from trlhf.rl.hold import AnchorHold
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.roles import Role
 
@@ -113,6 +114,7 @@ class DpoLearner:
         remedy = f"lower rl.learning_rate={config.learning_rate} or rl.beta={config.beta}"
         self.optimizer = GuardedOptimizer(policy.trainable().values(), config.learning_rate, config, remedy)
         self.share_prompts = can_share_prompts(policy.model)
+        self.hold = AnchorHold(policy, reference, config, pad_id)
 
     def update(
         self,
@@ -129,18 +131,22 @@ class DpoLearner:
         pairs = build_pairs(groups, config.pairs_per_prompt, rng)
         metrics = describe(groups) | self._measure(groups)
         metrics |= {"pairs": float(len(pairs)), "learning_rate": config.learning_rate * lr_scale}
+        metrics["anchor_coef"] = self.hold.coef
         sums: defaultdict[str, float] = defaultdict(float)
-        skipped = self.optimizer.skipped
+        skipped, held = self.optimizer.skipped, 0
         for _ in range(config.epochs):
             rng.shuffle(pairs)
             for start in range(0, len(pairs), config.pairs_per_step):
-                chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
+                chosen = self.hold.draw(anchors, rng)
+                held += len(chosen)
                 self._step(pairs[start : start + config.pairs_per_step], chosen, sums)
         if not pairs:
             return metrics
         steps, seen = sums.pop("steps"), sums.pop("seen")
         metrics["skipped_steps"] = float(self.optimizer.skipped - skipped)
-        return metrics | {name: value / (steps if name in PER_STEP else seen) for name, value in sums.items()}
+        metrics |= {name: value / (steps if name in PER_STEP else seen) for name, value in sums.items()}
+        self.hold.adapt(metrics.get("anchor_kl"), held)
+        return metrics
 
     @torch.no_grad()
     def _measure(self, groups: Sequence[Group]) -> Metrics:
@@ -184,12 +190,7 @@ class DpoLearner:
                 loss.backward()
             for name, value in (metrics | {"loss": float(loss.detach()) * len(pairs)}).items():
                 counts[name] += value
-        held = share(anchors) if config.anchor_coef else []
-        if held:
-            tokens, size = anchor_tokens(anchors), config.microbatch_size
-            counts["anchor_kl"] += hold(
-                self.policy, self.reference, held, self.pad_id, tokens, config.anchor_coef, size
-            )
+        counts |= self.hold.add_gradient(anchors)
         totals = sum_counts(counts)
         totals |= {"grad_norm": self.optimizer.step() or 0.0, "steps": 1.0, "seen": float(len(pairs))}
         for name, value in totals.items():
@@ -222,8 +223,9 @@ class DpoLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a continued run needs beside the weights of the policy."""
-        return {"optimizer": self.optimizer.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "anchor_coef": self.hold.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.hold.coef = state["anchor_coef"]

@@ -1,4 +1,4 @@
-"""When the rl stage stops early: the policy far outside of its KL bound, or over-optimised. Pure rules on plain values.
+"""When the rl stage stops early: the policy far outside of its bounds, over-optimised, or as a rule says. Pure rules.
 
 The state is a dictionary of plain values, so that it can lie in the checkpoint.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
+
+from trlhf.rl.records import Record, broken_rule
+from trlhf.targeting.stopping import anchor_kl_over_budget
 
 KL_STEPS = 2  # in a row beyond the bound
 STANDARD_ERRORS = 2.0  # that the held-out accuracy must fall by
@@ -29,45 +32,64 @@ class RoundResult(TypedDict):
 class Health(TypedDict):
     """What the rules remember.
 
-    ``beyond``: steps in a row beyond the KL bound. ``good``: the last step after which the policy was found within it.
-    ``rewards``: of the steps of the round under way. ``rounds``: those that are over. ``stopped``: why the stage ends
-    early, in a sentence; None as long as all is well. ``restore``: the last step whose policy may then be kept.
+    ``beyond``: steps in a row beyond the KL bound. ``anchor_kls``: of the steps in a row beyond the anchors' bound.
+    ``good``: the last step after which the policy was found within both. ``rewards``, ``tokens``: of the steps of the
+    round under way. ``rounds``, ``records``: of those that are over. ``stopped``: why the stage ends early, in a
+    sentence; None as long as all is well. ``restore``: the last step whose policy may then be kept.
     """
 
     beyond: int
+    anchor_kls: list[float]
     good: int
     rewards: list[float]
+    tokens: list[float]
     rounds: list[RoundResult]
+    records: list[Record]
     stopped: str | None
     restore: int | None
 
 
 def new_health() -> Health:
     """Return the state before the first step."""
-    return {"beyond": 0, "good": 0, "rewards": [], "rounds": [], "stopped": None, "restore": None}
+    return {
+        "beyond": 0, "anchor_kls": [], "good": 0, "rewards": [], "tokens": [], "rounds": [], "records": [],
+        "stopped": None, "restore": None,
+    }  # fmt: skip
 
 
-def after_step(health: Health, step: int, metrics: Mapping[str, float], max_kl: float | None) -> Health:
+def after_step(
+    health: Health, step: int, metrics: Mapping[str, float], max_kl: float | None, max_anchor_kl: float | None = None
+) -> Health:
     """Take the metrics of a step into account.
 
     Stops where ``kl_per_response`` (KL(policy ‖ reference), k1, nats per response) was beyond ``max_kl`` in `KL_STEPS`
-    steps in a row. Steps that did not measure it count neither way; a value that is not finite is beyond. It is that of
-    the step's fresh samples, so of the policy after the step before.
+    steps in a row, or ``anchor_kl`` (KL(reference ‖ policy) on the anchors, nats per token) beyond ``max_anchor_kl``.
+    Steps that did not measure one count neither way; a value that is not finite is beyond. The first is that of the
+    step's fresh samples, so of the policy after the step before; the second is taken while the policy is updated.
     """
     news: Health = {**health, "rewards": [*health["rewards"], metrics["reward"]]}
-    kl = metrics.get("kl_per_response")
-    if kl is None or max_kl is None:
-        return news
-    if kl <= max_kl:
-        return {**news, "beyond": 0, "good": step - 1}
-    news["beyond"] += 1
-    if news["beyond"] >= KL_STEPS and news["stopped"] is None:
-        news["restore"] = news["good"]
-        news["stopped"] = (
-            f"the policy left its reference: kl_per_response={kl:.4g} nats at step {step}, above rl.max_kl={max_kl:g} "
-            f"in {KL_STEPS} steps in a row; lower rl.learning_rate, raise rl.kl_coef or rl.anchor_coef, or raise "
-            "rl.max_kl"
-        )
+    if "response_tokens" in metrics:
+        news["tokens"] = [*health["tokens"], metrics["response_tokens"]]
+    kl, anchor_kl = metrics.get("kl_per_response"), metrics.get("anchor_kl")
+    measured = [(kl, max_kl), (anchor_kl, max_anchor_kl)]
+    inside = [value <= bound for value, bound in measured if value is not None and bound is not None]
+    if inside and all(inside):
+        news["good"] = step - 1
+    reason = None
+    if kl is not None and max_kl is not None:
+        news["beyond"] = 0 if kl <= max_kl else health["beyond"] + 1
+        if news["beyond"] >= KL_STEPS:
+            reason = (
+                f"the policy left its reference: kl_per_response={kl:.4g} nats at step {step}, above "
+                f"rl.max_kl={max_kl:g} in {KL_STEPS} steps in a row; lower rl.learning_rate, raise rl.kl_coef or "
+                "rl.anchor_coef, or raise rl.max_kl"
+            )
+    if anchor_kl is not None and max_anchor_kl is not None:
+        news["anchor_kls"] = [] if anchor_kl <= max_anchor_kl else [*health["anchor_kls"], anchor_kl]
+        too_far = anchor_kl_over_budget(news["anchor_kls"], max_anchor_kl, KL_STEPS)
+        reason = reason or (too_far and f"{too_far}, or raise rl.max_anchor_kl")
+    if reason is not None and news["stopped"] is None:
+        news["stopped"], news["restore"] = reason, news["good"]
     return news
 
 
@@ -87,7 +109,7 @@ def after_round(health: Health, step: int, rates: Rates | None, patience: int) -
         "rates": None if rates is None else dict(rates),
     }
     rounds = [*health["rounds"], result]
-    news: Health = {**health, "rewards": [], "rounds": rounds}
+    news: Health = {**health, "rewards": [], "tokens": [], "rounds": rounds}
     if news["stopped"] is None and is_over_optimised(rounds, patience):
         best = rounds[best_round(rounds[:-patience]) or 0]
         news["restore"] = best["step"]
@@ -99,6 +121,22 @@ def after_round(health: Health, step: int, rates: Rates | None, patience: int) -
             "rl.held_out_patience=0 to go on all the same"
         )
     return news
+
+
+def after_record(health: Health, record: Record, rules: Sequence[str]) -> Health:
+    """Note what a round was like; stops where one of ``rules`` says so.
+
+    Args:
+        health: after `after_round`.
+        record: of the round.
+        rules: names of `trlhf.rl.records.RULES`.
+    """
+    records = [*health["records"], record]
+    news: Health = {**health, "records": records}
+    if news["stopped"] is not None:
+        return news
+    found = broken_rule(records, rules)
+    return news if found is None else {**news, "stopped": found[0], "restore": found[1]}
 
 
 def is_over_optimised(rounds: Sequence[RoundResult], patience: int) -> bool:
@@ -144,11 +182,15 @@ def has_fallen(before: Rates | None, after: Rates | None) -> bool:
 def protected(health: Health, steps: Sequence[int]) -> set[int]:
     """Return which of the steps that have a checkpoint must keep it: those that a stop would go back to.
 
-    That of the best round, and, while the policy is beyond the KL bound, the last one within it.
+    That of the best round, that of the round before the one under way or, after a stop, that which is gone back to,
+    and, while the policy is beyond a bound, the last one within it.
     """
     best = best_round(health["rounds"])
     kept = set() if best is None else {health["rounds"][best]["step"]} & set(steps)
-    within = [step for step in steps if step <= health["good"]] if health["beyond"] else []
+    begun = health["records"][-1]["step"] if health["records"] else 0
+    kept |= {begun if health["restore"] is None else health["restore"]} & set(steps)
+    beyond = health["beyond"] or health["anchor_kls"]
+    within = [step for step in steps if step <= health["good"]] if beyond else []
     return kept | set(within and [max(within)])
 
 

@@ -15,9 +15,10 @@ from trlhf.distributed import share, sum_counts, sum_tensors
 from trlhf.logprobs import can_share_prompts, response_logits, response_logprobs, token_entropy, token_logprobs
 from trlhf.losses.ppo import adapted_kl_coef, kl_estimate, kl_loss, ppo_loss, value_loss
 from trlhf.masks import masked_mean
-from trlhf.rl.anchors import Anchor, anchor_tokens, hold
+from trlhf.rl.anchors import Anchor
 from trlhf.rl.critic import Critic
 from trlhf.rl.experience import Group, describe, sampler_logprobs
+from trlhf.rl.hold import AnchorHold
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.rl.rollout_batch import Experience, blank_experience
 from trlhf.roles import Role
@@ -48,6 +49,7 @@ class PpoLearner:
             self.critic_optimizer = GuardedOptimizer(learning, config.value_learning_rate, config, remedy)
         self.share_prompts = can_share_prompts(policy.model)
         self.kl_coef = config.kl_coef
+        self.hold = AnchorHold(policy, reference, config, pad_id)
 
     def update(
         self,
@@ -72,24 +74,27 @@ class PpoLearner:
             self.critic_optimizer.scale(lr_scale)
         used = [group for group in groups if group.mixed] if config.advantage == "leave_one_out" else list(groups)
         metrics = describe(groups) | {"kl_coef": self.kl_coef, "learning_rate": config.learning_rate * lr_scale}
+        metrics["anchor_coef"] = self.hold.coef
         if not used:
             return metrics
         experience, measured = self._collect(used)
         metrics |= measured
         sums: defaultdict[str, float] = defaultdict(float)
-        skipped = self._skipped()
+        skipped, held = self._skipped(), 0
         per_minibatch = max(1, config.minibatch_size // config.samples_per_prompt)
         for _ in range(config.epochs):
             order = list(experience.groups)
             rng.shuffle(order)
             for start in range(0, len(order), per_minibatch):
-                chosen = rng.sample(anchors, min(config.anchor_prompts, len(anchors)))
+                chosen = self.hold.draw(anchors, rng)
+                held += len(chosen)
                 self._step(experience, order[start : start + per_minibatch], chosen, sums, warmup)
         steps, tokens = max(1.0, sums.pop("steps")), max(1.0, sums.pop("tokens"))
         if "first_ratio" in sums:
             metrics["first_ratio"] = sums.pop("first_ratio")
         metrics |= {name: value / (steps if name in PER_STEP else tokens) for name, value in sums.items()}
         metrics["skipped_steps"] = float(self._skipped() - skipped)
+        self.hold.adapt(metrics.get("anchor_kl"), held)
         if config.kl_target is not None and not warmup:
             kl = metrics["kl_per_response"]
             self.kl_coef = adapted_kl_coef(
@@ -166,12 +171,8 @@ class PpoLearner:
             self.critic_optimizer.zero_grad()
         for rows in experience.microbatches(share(groups), config.microbatch_size):
             self._backward(experience, rows, denominator, counts, warmup)
-        held = share(anchors) if config.anchor_coef and not warmup else []
-        if held:
-            tokens, size = anchor_tokens(anchors), config.microbatch_size
-            counts["anchor_kl"] += hold(
-                self.policy, self.reference, held, self.pad_id, tokens, config.anchor_coef, size
-            )
+        if not warmup:
+            counts |= self.hold.add_gradient(anchors)
         counts = defaultdict(float, sum_counts(counts))
         if not warmup:
             counts["grad_norm"] += self.optimizer.step() or 0.0
@@ -224,6 +225,7 @@ class PpoLearner:
             "critic": {} if self.critic is None else {k: v.detach() for k, v in self.critic.trainable().items()},
             "critic_optimizer": self.critic_optimizer.state_dict() if self.critic_optimizer is not None else None,
             "kl_coef": self.kl_coef,
+            "anchor_coef": self.hold.coef,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,4 +236,4 @@ class PpoLearner:
                 for name, value in self.critic.trainable().items():
                     value.copy_(state["critic"][name])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.kl_coef = state["kl_coef"]
+        self.kl_coef, self.hold.coef = state["kl_coef"], state["anchor_coef"]

@@ -25,13 +25,14 @@ from trlhf.rl.anchors import still_trusted
 from trlhf.rl.ask import flip_rate
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.experience import Group, score_groups
+from trlhf.rl.frontier import expected_rate, note_samples, posterior_of
 from trlhf.rl.held_out import held_out_prompts
 from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
 from trlhf.roles import Role, Roles
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
 from trlhf.seeding import numpy_rng, torch_generator
-from trlhf.targeting import training_weights
+from trlhf.targeting import last_pass_rates, training_weights
 from trlhf.targeting.answers import FLIP_RATE
 from trlhf.types import Label, Labeler, Prompt, Rollout, Scorer
 
@@ -107,9 +108,10 @@ class Round:
         """Prompts that show, at the end of every round, what training does where it never looked.
 
         None where labels decide every reward of an exact prompt: what is verified cannot be over-optimised, and prompts
-        held out are prompts not learned from.
+        held out are prompts not learned from. But ``rl.interpolate`` chooses by them.
         """
-        if not self.config.rl.held_out_patience or not self.config.rl.unverified_share:
+        rl = self.config.rl
+        if not (rl.held_out_patience and rl.unverified_share) and not rl.interpolate:
             return []
         return held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
 
@@ -155,7 +157,8 @@ class Round:
 
     def sample_groups(self) -> list[Group]:
         """Draw this step's prompts, sample them and score the samples."""
-        rl, step = self.config.rl, self.state.step
+        config, step = self.config, self.state.step
+        rl = config.rl
         prompts = self._draw_prompts(numpy_rng(self.config.seed, "rl", "prompts", step))
         generator = torch_generator(self.config.seed, "rl", "rollouts", step)
         sampling = Sampling.of(rl, rl.samples_per_prompt)
@@ -170,6 +173,10 @@ class Round:
                 self.state.pass_rates[name] = float(np.mean([reward > 0.5 for reward in group.rewards]))
             elif name in judged and self.judge is not None:
                 self.state.outlook[name] = float(np.mean(judged[name].rewards)), max(judged[name].trust)
+            if group.prompt.task == "exact":
+                least = config.targeting.least_trust
+                expected = expected_rate(self.state.outlook, name, least) if not all(group.verified) else None
+                note_samples(self.state, name, group.rollouts, self.knowledge, expected)
         return groups
 
     def _judge(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]]) -> dict[str, Judgement]:
@@ -263,17 +270,28 @@ class Round:
         and times (1 - pass rate)^η for what labels verify. Where the model alone says what is right, what is seldom
         right may be what the model has wrong, so there the factor is that of a pass rate of a half.
         """
+        targeting, outlook = self.config.targeting, self.state.outlook
+        judged = self.trusted()
+        prompts = [*self.exact, *judged]
+        if targeting.update == "plain" or not prompts:
+            return prompts, np.full(len(prompts), 1 / max(1, len(prompts)))
+        alpha, beta = self._pass_rates(judged)
+        eta = targeting.hardness if targeting.update == "targeted" else 0.0
+        hardness = np.array([eta] * len(self.exact) + [0.0] * len(judged))
+        trust = np.array([1.0] * len(self.exact) + [outlook[p.id][1] * 0.5**eta for p in judged])
+        return prompts, training_weights(alpha, beta, self.config.rl.samples_per_prompt, hardness, trust)
+
+    def _pass_rates(self, judged: Sequence[Prompt]) -> tuple[Float[ndarray, " N"], Float[ndarray, " N"]]:
+        """Return α and β of the verified prompts' pass rates, then of those that the answer model judges.
+
+        By ``targeting.pass_rates``: of the last samples alone, or of all so far, faded, over a label-free prior.
+        """
         targeting, state = self.config.targeting, self.state
-        trusted = self.trusted()
-        rates = [state.pass_rates.get(p.id) for p in self.exact] + [state.outlook[p.id][0] for p in trusted]
-        group = self.config.rl.samples_per_prompt
-        samples = min(targeting.samples_per_prompt, group)  # a rate comes from either
-        if targeting.update != "targeted" or not rates:
-            return self.exact, training_weights(rates, samples, group, targeting.update)
-        hardness = targeting.hardness * np.array([1.0] * len(self.exact) + [0.0] * len(trusted))
-        trust = np.array([1.0] * len(self.exact) + [state.outlook[p.id][1] * 0.5**targeting.hardness for p in trusted])
-        weights = training_weights(rates, samples, group, targeting.update, hardness) * trust
-        return [*self.exact, *trusted], np.asarray(weights / weights.sum())
+        if targeting.pass_rates == "posterior":
+            return posterior_of(state, [*self.exact, *judged])
+        samples = min(targeting.samples_per_prompt, self.config.rl.samples_per_prompt)  # a rate comes from either
+        rates = [state.pass_rates.get(p.id) for p in self.exact] + [state.outlook[p.id][0] for p in judged]
+        return last_pass_rates(rates, samples)
 
 
 def majority(rollouts: Sequence[Rollout], knowledge: Knowledge) -> Judgement:

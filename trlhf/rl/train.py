@@ -17,7 +17,9 @@ from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
 from trlhf.rl.dpo import DpoLearner
 from trlhf.rl.experience import Group
+from trlhf.rl.frontier import measure_drift
 from trlhf.rl.health import held_out_accuracies
+from trlhf.rl.interpolate import interpolate
 from trlhf.rl.monitor import end_early, judge_step
 from trlhf.rl.ppo import PpoLearner
 from trlhf.rl.round import RlInputs, Round, samples_file
@@ -40,7 +42,8 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
     rl = config.rl
     policy = inputs.roles.policy
     tokenizer = load_tokenizer(inputs.sft)
-    learner = _learner(config, inputs.roles, int(tokenizer.pad_token_id))
+    pad_id = int(tokenizer.pad_token_id)
+    learner = _learner(config, inputs.roles, pad_id)
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()
     checkpoint.prune(stage, state, rl.save_total_limit)
@@ -67,9 +70,12 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                     state.last = learner.update(
                         groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
                     )
+                    moved = measure_drift(policy, groups, rl, pad_id)
+                    state.drift += moved
                     state.step += 1
                     seconds = time.monotonic() - begun
-                    stage.log(state.step, round=number, **state.last, **judge_step(trainer), **_speed(groups, seconds))
+                    line = {**state.last, "drift": moved, **judge_step(trainer), **_speed(groups, seconds)}
+                    stage.log(state.step, round=number, **line)
                     stage.write_jsonl("samples.jsonl", (row for group in groups for row in group.rows()))
                     advance(1, f"round {number}, reward {state.last['reward']:.2f}")
                     stop, due = preemption.requested(), state.step % rl.save_steps == 0
@@ -82,10 +88,15 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
             if state.health["stopped"]:
                 break
     stopped = end_early(trainer, learner)
+    interpolation = interpolate(trainer)
     with stage.new_directory("model") as folder:
         save_model(policy.model, tokenizer, folder, config.model.dtype, policy.adapter)
     metrics = {"steps": state.step, "rounds": state.round, "anchors": len(state.anchors), "last_step": state.last}
-    metrics |= {"stopped": stopped, "held_out_accuracy": held_out_accuracies(state.health)}
+    metrics |= {
+        "interpolation": interpolation,
+        "stopped": stopped,
+        "held_out_accuracy": held_out_accuracies(state.health),
+    }
     metrics["verifiable_prompts"] = len(inputs.ledger.knowledge().verifiable_prompts())
     ledger = inputs.ledger
     metrics["labels"] = {"budget": ledger.budget, "spent": ledger.spent, "remaining": ledger.remaining}

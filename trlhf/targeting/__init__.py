@@ -2,7 +2,7 @@
 
 from trlhf.targeting.acquisition import d_optimal_batch, query_information, target_matrix, v_optimal_batch
 from trlhf.targeting.answers import AnswerModel, Answers, fit_answers, label_likelihood
-from trlhf.targeting.choose import Candidate, choose_pairs, choose_verdicts, training_weights
+from trlhf.targeting.choose import Candidate, choose_pairs, choose_verdicts, last_pass_rates, training_weights
 from trlhf.targeting.frontier import fit_top_answer_model, frontier_value, top_answer_probability
 from trlhf.targeting.trust import trust_test
 
@@ -17,6 +17,7 @@ __all__ = [
     "fit_top_answer_model",
     "frontier_value",
     "label_likelihood",
+    "last_pass_rates",
     "query_information",
     "target_matrix",
     "top_answer_probability",

@@ -147,25 +147,34 @@ def choose_pairs(
     return questions
 
 
-def training_weights(
-    pass_rates: Sequence[float | None],
-    samples: int,
-    group: int,
-    update: str,
-    hardness: float | Float[ndarray, " N"] = 0.0,
-) -> Float[ndarray, " N"]:
-    """Return the probability with which each trainable prompt is drawn for an update.
+def last_pass_rates(
+    pass_rates: Sequence[float | None], samples: int
+) -> tuple[Float[ndarray, " N"], Float[ndarray, " N"]]:
+    """Return α and β of Beta posteriors that rest on the last samples alone, over Jeffreys' prior.
 
     Args:
-        pass_rates: known pass rate of the last samples; None where only the reward model can tell (counted as 0.5).
+        pass_rates: known pass rate of the last samples; None where there were none (counted as 0.5).
         samples: how many samples the rates come from.
-        group: samples per prompt in an update.
-        update: ``plain``: all alike; else in proportion to U·E[1-p]^η, U the probability of a mixed group.
-        hardness: η, of all or of each; above 0 what is seldom right goes before what is mostly right.
     """
-    if update == "plain":
-        return np.full(len(pass_rates), 1 / max(1, len(pass_rates)))
-    rates = np.array([0.5 if rate is None else rate for rate in pass_rates])
-    values = frontier_value(0.5 + rates * samples, 0.5 + (1 - rates) * samples, group)
-    values = values * ((0.5 + (1 - rates) * samples) / (1 + samples)) ** hardness
+    rates = np.array([0.5 if rate is None else rate for rate in pass_rates], float)
+    return 0.5 + rates * samples, 0.5 + (1 - rates) * samples
+
+
+def training_weights(
+    alpha: Float[ndarray, " N"],
+    beta: Float[ndarray, " N"],
+    group: int,
+    hardness: float | Float[ndarray, " N"] = 0.0,
+    trust: float | Float[ndarray, " N"] = 1.0,
+) -> Float[ndarray, " N"]:
+    """Return the probability with which each prompt is drawn for an update, in proportion to U·E[1-p]^η·c.
+
+    Args:
+        alpha: of each pass rate's posterior, p ~ Beta(α, β).
+        beta: of the same.
+        group: samples per prompt in an update, of which U is the probability to be mixed.
+        hardness: η, of all or of each; above 0 what is seldom right goes before what is mostly right.
+        trust: c, of all or of each, in [0, 1].
+    """
+    values = frontier_value(alpha, beta, group) * (beta / (alpha + beta)) ** hardness * trust
     return np.asarray(values / values.sum())

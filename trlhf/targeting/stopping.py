@@ -89,14 +89,15 @@ def held_out_gain_covers_zero(
 # ---- updates ----
 
 
-def outliers_doubled(outliers: Sequence[int], rollouts: Sequence[int], factor: float = 2.0) -> str | None:
+def outliers_doubled(outliers: Sequence[float], rollouts: Sequence[int], factor: float = 2.0) -> str | None:
     """Say whether the share of outliers among the rollouts grew ``factor`` times since the first round.
 
     By more than `STANDARD_ERRORS` standard errors of the difference as well, √(p(1-p)(1/n₁+1/n)) with the pooled share
     p: a share of 1% doubles by chance.
 
     Args:
-        outliers: rollouts beyond the gate's bound, by round.
+        outliers: rollouts beyond the gate's bound, by round; where rollouts resemble each other, the sum over
+            prompts of the share that lies beyond, and ``rollouts`` the number of prompts.
         rollouts: how many there were, by round.
         factor: above 1.
 
