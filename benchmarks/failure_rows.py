@@ -153,8 +153,8 @@ def useless(cells: Cells) -> Finding:
         return Finding("never tested: fewer than 16 uniform verdicts", False, values)
     real = values["asking"]["fallback"]
     figure = (
-        f"tested from round {found['possible']} on ({found['uniform_verdicts']} uniform verdicts, {found['labels']} of "
-        f"{MANY} labels spent), fell back in round {found['fallback'] or 'none'}; the real confidence, in the same "
+        f"tested from round {found['possible']} on ({found['uniform_verdicts']} uniform verdicts, {found['labels']:g} "
+        f"of {MANY} labels spent), fell back in round {found['fallback'] or 'none'}; the real confidence, in the same "
         f"rounds, {f'fell back in round {real}' if real else 'was used throughout'}"
     )
     return Finding(figure, found["fallback"] is not None and found["fallback"] <= found["possible"] + 1, values)
