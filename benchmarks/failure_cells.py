@@ -36,8 +36,11 @@ MODE_ARMS: Mapping[str, Arm] = {
     "guarded": Arm("the reward model alone, held-out accuracy watched", (*_BELIEVED, "rl.held_out_patience=2")),
 }
 EVERY_ROUND = 100  # rl.save_total_limit of runs whose accuracy is measured at every checkpoint
-# No label is left to buy in the rounds, so few candidates are sampled.
-_LONG = ("rl.rounds=8", "rl.steps_per_round=4", "rl.learning_rate=1e-3", "targeting.candidates=16")
+# All labels are bought first, so that few candidates are sampled in the rounds.
+_LONG = (
+    *("rl.rounds=8", "rl.steps_per_round=4", "rl.learning_rate=1e-3", "rl.save_steps=4"),
+    *("reward.samples_per_prompt=4", "targeting.candidates=16", f"rl.save_total_limit={EVERY_ROUND}"),
+)
 _ASKING = ("rl.rounds=6", "rl.steps_per_round=1")  # many rounds of labels, hardly a step
 WORLDS: Mapping[str, World] = {
     "clean": World(),
@@ -45,7 +48,7 @@ WORLDS: Mapping[str, World] = {
     **{f"noise_{share}": World((f"labeler.noise=0.{share}",)) for share in (10, 20, 30)},
     "length_biased": World(person=length_biased),
     "length_lover": World(("targeting.preference_share=0.5", "rl.open_share=0.5"), person=length_lover),
-    "all_at_once": World((*_LONG, "rl.save_steps=4", f"rl.save_total_limit={EVERY_ROUND}"), first=int),
+    "all_at_once": World(_LONG, first=int),
     "asking": World(_ASKING),
     "noisy_trust": World(_ASKING, noisy_trust=True),
 }
