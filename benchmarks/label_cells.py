@@ -6,12 +6,13 @@ import gc
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from label_arms import ARMS, BUDGETS, Cell, first_labels
+from label_arms import ARMS, BUDGETS, Arm, Cell, first_labels
 from upper_bound import buy_everything, with_values
 
 import trlhf
@@ -22,6 +23,11 @@ from trlhf.files import new_directory, read_json, write_json
 from trlhf.ledger import Ledger
 from trlhf.pipeline import run_pipeline
 from trlhf.run import RunDirectory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trlhf.evaluation.evaluate import Evaluation
 
 NOTHING_TO_LEARN = "rl: no prompt can be learned from"  # how the rl stage begins to say so
 
@@ -35,12 +41,19 @@ class Grid:
         overrides: of every run.
         keep: whether a finished cell's models stay on disk.
         commit: of the code.
+        arms: by name.
+        first: how many labels of a budget the reward stage buys.
+        more: figures of a cell beside the usual ones, from its configuration, its responses to the test prompts and its
+            run directory, whose models are still there.
     """
 
     folder: Path
     overrides: tuple[str, ...]
     keep: bool = False
     commit: str = "unknown"
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
+    first: Callable[[int], int] = first_labels
+    more: Callable[[Config, Evaluation, Path], dict[str, Any]] | None = None
 
     def file(self, cell: Cell) -> Path:
         """Return where a finished cell's figures are."""
@@ -69,14 +82,18 @@ class Grid:
 
     def budget_of_source(self, cell: Cell) -> int | None:
         """Return the budget whose reward stage a cell begins with; None where it needs no more than the sft stage."""
-        if ARMS[cell.arm].model != "rl":
+        if self.arms[cell.arm].model != "rl":
             return None
         return cell.budget if cell.budget > 0 else BUDGETS[0]
 
     def overrides_of(self, cell: Cell) -> list[str]:
         """Return every override of a cell's run except its folder."""
         budget = self.budget_of_source(cell)
-        return [*self.overrides, *ARMS[cell.arm].overrides, *_of_source(cell.seed, budget or BUDGETS[0])]
+        return [*self.overrides, *self.arms[cell.arm].overrides, *self.of_source(cell.seed, budget or BUDGETS[0])]
+
+    def of_source(self, seed: int, budget: int) -> tuple[str, ...]:
+        """Return the overrides of a reward stage, which are also those of the cells that begin with it."""
+        return (f"seed={seed}", f"targeting.budget={budget}", f"reward.labels={self.first(budget)}")
 
 
 def make_sft(grid: Grid, seed: int) -> None:
@@ -94,26 +111,25 @@ def make_reward(grid: Grid, seed: int, budget: int) -> None:
     if not path.exists():
         with new_directory(path) as fresh:
             shutil.copytree(grid.source(seed) / "sft", fresh / "sft")
-    trlhf.run([*grid.overrides, *_of_source(seed, budget), "stage=reward", f"run.dir={path}"])
-
-
-def _of_source(seed: int, budget: int) -> tuple[str, ...]:
-    return (f"seed={seed}", f"targeting.budget={budget}", f"reward.labels={first_labels(budget)}")
+    trlhf.run([*grid.overrides, *grid.of_source(seed, budget), "stage=reward", f"run.dir={path}"])
 
 
 def run_cell(grid: Grid, cell: Cell) -> dict[str, Any]:
     """Run a cell whose sources are there, write its file, delete what is heavy, and return its figures."""
     begun = time.monotonic()
-    arm = ARMS[cell.arm]
+    arm = grid.arms[cell.arm]
     config = compose([*grid.overrides_of(cell), f"run.dir={grid.run(cell)}"]).configs[0]
     figures: dict[str, Any] = {"labels": {"spent": 0.0}, "stopped": None}
-    if arm.model == "base":
-        figures |= assess(None, config)
-    elif arm.model == "sft":
-        figures |= assess(grid.source(cell.seed) / "sft" / "model", config)
-    else:
+    model: Path | None = None
+    if arm.model == "sft":
+        model = grid.source(cell.seed) / "sft" / "model"
+    elif arm.model == "rl":
         figures |= _train(grid, cell, config)
-        figures |= assess(grid.run(cell) / ("sft" if figures["unlearnable"] else "rl") / "model", config)
+        model = grid.run(cell) / ("sft" if figures["unlearnable"] else "rl") / "model"
+    answered, seconds = answer_test(model, config)
+    figures |= assess(answered, config) | {"eval_seconds": seconds}
+    if grid.more is not None:
+        figures |= grid.more(config, answered, grid.run(cell))
     record = {
         **{"arm": cell.arm, "budget": cell.budget, "seed": cell.seed, "commit": grid.commit},
         "overrides": grid.overrides_of(cell),
@@ -131,7 +147,7 @@ def _train(grid: Grid, cell: Cell, config: Config) -> dict[str, Any]:
 
     Where no verdict found a right answer, the stage refuses to go on; such a cell is worth what SFT is.
     """
-    run, labels = RunDirectory(grid.run(cell)), ARMS[cell.arm].labels
+    run, labels = RunDirectory(grid.run(cell)), grid.arms[cell.arm].labels
     source = grid.source(cell.seed, grid.budget_of_source(cell))
     if run.path.exists() and not run.stage("sft").done:  # what a finished cell, whose file was deleted, left behind
         shutil.rmtree(run.path)
@@ -179,14 +195,20 @@ def _copy(source: Path, target: Path, *, with_ledger: bool) -> None:
             old.backup(new)
 
 
-def assess(folder: Path | None, config: Config) -> dict[str, Any]:
-    """Evaluate a saved model (None: the base) on the test prompts, as the eval stage does.
+def answer_test(
+    folder: Path | None, config: Config, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Evaluation, float]:
+    """Answer the test prompts with a saved model, as the eval stage does, and return the seconds that it took too.
+
+    Args:
+        folder: of the model; None: the base.
+        config: of the cell.
+        weights: that take the place of the model's own.
 
     Returns:
-        ``correct`` and ``plain``: whether the answer is right for each reasoning and each plain test prompt with an
-        answer, in the order of the test set; ``by_kind``, shares of plans, and the mean length of reasoning responses.
+        The prompts are in the order of the test set, those that leave no room for a response included.
     """
-    from trlhf.evaluation.evaluate import describe, evaluate
+    from trlhf.evaluation.evaluate import Evaluation, evaluate
     from trlhf.fitting import fit_task
     from trlhf.models import choose_device, load_causal_lm, load_tokenizer, model_path
     from trlhf.sft.templates import apply_template
@@ -200,12 +222,28 @@ def assess(folder: Path | None, config: Config) -> dict[str, Any]:
     whole = load_task(config)
     task = fit_task(whole, config, tokenizer, ["eval"])
     model = load_causal_lm(path, config.model, choose_device(config))
+    if weights is not None:
+        model.load_state_dict(dict(weights), strict=False)
     answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation)
     answered = answered.with_unanswered(task.too_long, task.test_answers)
     del model
     gc.collect()
+    found = {rollout.prompt_id: rollout for rollout in answered.rollouts}
+    ordered = Evaluation(whole.test, [found[prompt.id] for prompt in whole.test], answered.correct)
+    return ordered, round(time.monotonic() - begun, 1)
+
+
+def assess(answered: Evaluation, config: Config) -> dict[str, Any]:
+    """Return the figures of the responses to the test prompts.
+
+    Returns:
+        ``correct`` and ``plain``: whether the answer is right for each reasoning and each plain test prompt with an
+        answer, in the order of the test set; ``by_kind``, shares of plans, and the mean length of reasoning responses.
+    """
+    from trlhf.evaluation.evaluate import describe
+
     description = describe(answered, config.evaluation, config.seed)
-    asked = [prompt for prompt in whole.test if prompt.id in answered.correct]
+    asked = [prompt for prompt in answered.prompts if prompt.id in answered.correct]
     lengths = {rollout.prompt_id: len(rollout.token_ids) for rollout in answered.rollouts}
     correct = [answered.correct[prompt.id] for prompt in asked if prompt.reasoning]
     plain = [answered.correct[prompt.id] for prompt in asked if not prompt.reasoning]
@@ -218,7 +256,6 @@ def assess(folder: Path | None, config: Config) -> dict[str, Any]:
         "response_tokens": sum(tokens) / len(tokens),
         "correct": correct,
         "plain": plain,
-        "eval_seconds": round(time.monotonic() - begun, 1),
     }
 
 

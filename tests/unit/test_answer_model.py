@@ -20,7 +20,9 @@ from trlhf.targeting.answers import (
     Whitening,
     fit_answers,
     label_likelihood,
+    left_out_log_likelihood,
 )
+from trlhf.targeting.noise import RATES, flip_rate_from
 
 
 def unlabelled(seed: int, prompts: int = 12, size: int = 5) -> Answers:
@@ -177,7 +179,7 @@ def test_a_query_is_the_gradient_of_the_log_odds(seed: int) -> None:
 def test_verdicts_multiply_and_contradict() -> None:
     likely, none = label_likelihood(["a", "b"], [("a", True), ("a", False), ("b", False)], 0.1)
     a, b, other = 0.9 * 0.1 * 0.9, 0.1 * 0.9 * 0.1, 0.1 * 0.9 * 0.9
-    assert [*likely, none] == pytest.approx([a / max(a, b, other), b / max(a, b, other), other / max(a, b, other)])
+    assert [*likely, none] == pytest.approx([a, b, other])
     with pytest.raises(ValueError, match=r"flip_rate=0.5 must be in \(0, 0.5\)"):
         label_likelihood(["a"], [], 0.5)
 
@@ -215,3 +217,50 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     answers = unlabelled(0)
     with pytest.raises(ValueError, match="there must be one of each for every answer"):
         fit_answers(replace(answers, shares=answers.shares[1:]))
+
+
+def told_by_people(flip_rate: float, prompts: int = 240) -> tuple[Answers, list[list[tuple[str, bool]]], list[bool]]:
+    """Two answers a prompt, of which a feature tells more or less surely; what people say of the first, and the truth.
+
+    An eighth of the prompts is asked twice.
+    """
+    rng = np.random.default_rng(1)
+    signal = rng.standard_normal((2 * prompts, 4))
+    signal[:, 0] *= 10
+    logits = 2 * signal[:, 0].reshape(prompts, 2)
+    truth = rng.random(prompts) < 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
+    answers = Answers(
+        signal, np.full(2 * prompts, 0.5), np.repeat(np.arange(prompts), 2), np.ones(2 * prompts), np.ones(prompts)
+    )
+    told = [
+        [("0", bool(x != (rng.random() < flip_rate))) for _ in range(1 + (n % 8 == 0))] for n, x in enumerate(truth)
+    ]
+    return answers, told, truth.tolist()
+
+
+def estimated(answers: Answers, told: list[list[tuple[str, bool]]]) -> float:
+    def evidence(rate: float) -> float:
+        return left_out_log_likelihood(labelled(answers, dict(enumerate(told)), rate))
+
+    return flip_rate_from([evidence(rate) for rate in RATES])
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.1, 0.2, 0.3])
+def test_how_often_labels_err_shows_in_what_they_say_of_prompts_the_model_was_not_fitted_to(flip_rate: float) -> None:
+    answers, told, truth = told_by_people(flip_rate)
+    wrong = np.mean([x != right for said, right in zip(told, truth, strict=True) for _, x in said])
+    assert abs(estimated(answers, told) - wrong) < 0.06
+
+
+def test_verdicts_that_contradict_each_other_are_errors_too() -> None:
+    answers, told, _ = told_by_people(0.0)
+    changed = [[*said, ("0", said[0][1] != (n % 4 == 0))] for n, said in enumerate(told)]
+    assert estimated(answers, told) < 0.01
+    assert estimated(answers, changed) == pytest.approx(0.125, abs=0.03)
+
+
+def test_without_evidence_people_are_taken_to_err_as_seldom_as_is_usual() -> None:
+    answers, told, _ = told_by_people(0.3, prompts=15)
+    assert estimated(answers, told) == flip_rate_from([7.0] * len(RATES)) == pytest.approx(0.02, abs=0.002)
+    with pytest.raises(ValueError, match=r"flip_rate_from: evidence=\[nan, .* must be 7 finite numbers"):
+        flip_rate_from([np.nan] * 7)

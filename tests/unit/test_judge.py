@@ -207,6 +207,21 @@ def test_the_noise_is_estimated_from_repeats() -> None:
         assert pairs == 400 and abs(estimate - true) < 0.05
 
 
+def test_the_judge_takes_labels_for_as_reliable_as_they_prove_to_be(tmp_path: Path) -> None:
+    """Of 24 unanimous prompts half are asked twice, and a third of those are answered both ways."""
+    pool = [Candidate(prompt(f"u{n}"), rollouts(f"u{n}", ["1"] * 8)) for n in range(24)]
+    told = [label(f"u{n}", "1", "right", 0, repeat) for repeat in (0, 1) for n in range(24) if not repeat or n % 2]
+    changed = [replace(x, outcome="wrong") if x.repeat and int(x.prompt_id[1:]) % 3 == 0 else x for x in told]
+    sampled, prompts = [[texts_of(c.rollouts)] for c in pool], [c.prompt for c in pool]
+    judge = judge_of(tmp_path, pool)
+    judge.fit(prompts, sampled, verdicts_of(told))
+    trusting = judge.flip_rate
+    judge.fit(prompts, sampled, verdicts_of(changed))
+    assert trusting < 0.02 < 0.06 < judge.flip_rate
+    judge.fit(prompts, sampled, verdicts_of(changed), 0.01)
+    assert judge.flip_rate == 0.01
+
+
 def test_the_uncertainty_is_tested_on_uniform_verdicts_alone() -> None:
     rng = np.random.default_rng(0)
     p = np.linspace(0.5, 0.99, 80)

@@ -367,6 +367,8 @@ def _outcome(
     right = sum(label.outcome == "right" for label in verdicts)
     rates = list(state.pass_rates.values())
     error, pairs = flip_rate(labels)
+    if trainer.judge is not None:
+        error = trainer.flip_rate
     trusted = sum(trust >= trainer.config.targeting.least_trust for _, trust in state.outlook.values())
     found: dict[str, Any] = {
         "labels_bought": len(bought),

@@ -14,7 +14,16 @@ from numpy import ndarray
 
 from trlhf import files
 from trlhf.evaluation.answers import same_answer
-from trlhf.targeting.answers import FLIP_RATE, AnswerModel, Answers, Whitening, fit_answers, label_likelihood
+from trlhf.targeting.answers import (
+    FLIP_RATE,
+    AnswerModel,
+    Answers,
+    Whitening,
+    fit_answers,
+    label_likelihood,
+    left_out_log_likelihood,
+)
+from trlhf.targeting.noise import RATES, flip_rate_from
 from trlhf.types import Label, Prompt, Rollout
 
 Features = Callable[[Sequence[Prompt], Sequence[str]], Float[ndarray, "N F"]]
@@ -154,7 +163,11 @@ class AnswerJudge:
         return AnswerTable(answers, tuple(names), np.array(counts, int), tuple(kept), tuple(places), of)
 
     def fit(
-        self, prompts: Sequence[Prompt], rounds: Sequence[Sequence[Texts]], verdicts: Verdicts, flip_rate: float
+        self,
+        prompts: Sequence[Prompt],
+        rounds: Sequence[Sequence[Texts]],
+        verdicts: Verdicts,
+        flip_rate: float | None = None,
     ) -> None:
         """Fit the model to all labels so far, on all samples of the labelled prompts.
 
@@ -163,9 +176,10 @@ class AnswerJudge:
             rounds: of each, the responses of every round. Those of one round are always read in one batch, so that a
                 run that was stopped computes the same features, to the bit, as one that went on.
             verdicts: by prompt.
-            flip_rate: chance that one is the opposite of the truth.
+            flip_rate: chance that one is the opposite of the truth; None: estimated from what the model expects of them
+                when it is fitted to other prompts (`trlhf.targeting.noise`).
         """
-        self.verdicts, self.flip_rate = verdicts, flip_rate
+        self.verdicts = verdicts
         known: dict[tuple[str, str], Float[ndarray, " F"]] = {}
         texts = []
         for prompt, found in zip(prompts, rounds, strict=True):
@@ -181,8 +195,15 @@ class AnswerJudge:
                     known.setdefault((prompt.id, text), row)
                     merged[text] = (own[text][0], merged.get(text, ("", 0))[1] + own[text][1])
             texts.append(merged)
-        table = self.table(prompts, texts, [max(1, sum(n for _, n in found.values())) for found in texts], known)
-        self.model = fit_answers(table.answers, flip_rate)
+        samples = [max(1, sum(n for _, n in found.values())) for found in texts]
+
+        def answers_at(rate: float) -> Answers:
+            self.flip_rate = rate
+            return self.table(prompts, texts, samples, known).answers
+
+        if flip_rate is None:
+            flip_rate = flip_rate_from([left_out_log_likelihood(answers_at(rate)) for rate in RATES])
+        self.model = fit_answers(answers_at(flip_rate), flip_rate)
 
     def judge(
         self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]], rng: np.random.Generator

@@ -22,7 +22,6 @@ from trlhf.labelling import Archive
 from trlhf.ledger import Ledger
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import still_trusted
-from trlhf.rl.ask import flip_rate
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.frontier import expected_rate, note_samples, posterior_of
@@ -220,8 +219,8 @@ class Round:
             return None
         verdicts = verdicts_of(labels)
         prompts = [p for p in self.inputs.pool if p.id in verdicts]
-        self.flip_rate = flip_rate(labels)[0]
-        judge.fit(prompts, [self.inputs.archive.sampled(p.id) for p in prompts], verdicts, self.flip_rate)
+        judge.fit(prompts, [self.inputs.archive.sampled(p.id) for p in prompts], verdicts)
+        self.flip_rate = judge.flip_rate
         return judge
 
     def new_judge(self) -> AnswerJudge | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from scipy.linalg import cho_factor, cho_solve, cholesky
 from scipy.optimize import minimize
@@ -120,9 +120,7 @@ def label_likelihood(
     def log_probability(truth: str | None) -> float:
         return float(sum(log_same if right == (about == truth) else log_other for about, right in verdicts))
 
-    logs = np.array([*(log_probability(answer) for answer in answers), log_probability(None)])
-    scaled = np.exp(logs - logs.max())
-    return scaled[:-1], float(scaled[-1])
+    return np.exp([log_probability(answer) for answer in answers]), float(np.exp(log_probability(None)))
 
 
 @dataclass(frozen=True)
@@ -186,42 +184,81 @@ def fit_answers(answers: Answers, flip_rate: float = FLIP_RATE) -> AnswerModel:
             f"fit_answers: {c} feature rows, {len(answers.shares)} shares, {len(answers.prompts)} prompts and "
             f"{len(answers.likelihood)} likelihoods; there must be one of each for every answer"
         )
-    rows, groups, likelihood = answers.design(), answers.groups(), answers.likelihoods()
-    most, least = np.zeros(answers.count), np.full(answers.count, np.inf)
-    np.maximum.at(most, groups, likelihood)
-    np.minimum.at(least, groups, likelihood)
-    labelled = np.flatnonzero(most > least)
-    kept = np.isin(groups, labelled)
-    rows, likelihood = rows[kept], likelihood[kept]
-    groups = np.searchsorted(labelled, groups[kept])
-    mean = np.zeros(size + 2)
-    mean[1] = SHARE_SLOPE
-
-    def precision(spread: float) -> Float[ndarray, " Q"]:
-        sd = np.full(size + 2, spread / np.sqrt(max(1, size)))
-        sd[0], sd[1] = NONE_SD, SHARE_SD
-        return np.asarray(1 / sd**2)
-
-    if not len(labelled):
-        return AnswerModel(mean, np.diag(1 / precision(DEFAULT_SPREAD)), DEFAULT_SPREAD, 0)
-    count = len(labelled)
+    rows, groups, likelihood = _labelled(answers)
+    mean, count = _prior_mean(size), len(set(groups.tolist()))
+    if not count:
+        return AnswerModel(mean, np.diag(1 / _precision(size, DEFAULT_SPREAD)), DEFAULT_SPREAD, 0)
     spread = DEFAULT_SPREAD
     if count >= FEWEST:
-        fold = np.arange(count) % FOLDS  # in the order of the prompts, which knows nothing of them
-        losses = []
-        for candidate in SPREADS:
-            loss = 0.5 * (np.log(candidate / DEFAULT_SPREAD) / SPREAD_SD) ** 2
-            for left_out in range(FOLDS):
-                inside = fold[groups] != left_out
-                renumbered = np.unique(groups[inside], return_inverse=True)[1]
-                theta = _maximise(rows[inside], renumbered, likelihood[inside], mean, precision(candidate), mean)
-                outside = np.unique(groups[~inside], return_inverse=True)[1]
-                _, _, total = _weigh(rows[~inside] @ theta, outside, likelihood[~inside])
-                loss -= float(np.log(total).sum())
-            losses.append(loss)
-        spread = SPREADS[int(np.argmin(losses))]
-    theta = _maximise(rows, groups, likelihood, mean, precision(spread), mean)
-    return AnswerModel(theta, _covariance(rows, groups, likelihood, precision(spread), theta, flip_rate), spread, count)
+        scores = [
+            _left_out(rows, groups, likelihood, candidate) - 0.5 * (np.log(candidate / DEFAULT_SPREAD) / SPREAD_SD) ** 2
+            for candidate in SPREADS
+        ]
+        spread = SPREADS[int(np.argmax(scores))]
+    precision = _precision(size, spread)
+    theta = _maximise(rows, groups, likelihood, mean, precision, mean)
+    return AnswerModel(theta, _covariance(rows, groups, likelihood, precision, theta, flip_rate), spread, count)
+
+
+def left_out_log_likelihood(answers: Answers) -> float:
+    """Return log P(labels) where the model that foretells those of a prompt was fitted without them, in nats.
+
+    `FOLDS`-fold cross-validation over labelled prompts under `DEFAULT_SPREAD`. As a function of the chance of a wrong
+    verdict that ``answers.likelihood`` was computed with, it says how often labels err: verdicts that contradict each
+    other, and those that contradict what is foretold. 0 with fewer than `FEWEST` labelled prompts.
+    """
+    rows, groups, likelihood = _labelled(answers)
+    if len(set(groups.tolist())) < FEWEST:
+        return 0.0
+    most, least = _extremes(answers)
+    cancelled = most[~_differ(most, least)]  # labels that speak for all answers alike
+    return _left_out(rows, groups, likelihood, DEFAULT_SPREAD) + float(np.log(cancelled).sum())
+
+
+def _labelled(answers: Answers) -> tuple[Float[ndarray, "M Q"], Int[ndarray, " M"], Float[ndarray, " M"]]:
+    """Return the design's rows of the prompts whose labels tell answers apart, renumbered from 0; and likelihoods."""
+    rows, groups = answers.design(), answers.groups()
+    labelled = np.flatnonzero(_differ(*_extremes(answers)))
+    kept = np.isin(groups, labelled)
+    return rows[kept], np.searchsorted(labelled, groups[kept]), answers.likelihoods()[kept]
+
+
+def _extremes(answers: Answers) -> tuple[Float[ndarray, " P"], Float[ndarray, " P"]]:
+    """Return the largest and the smallest likelihood of each prompt's alternatives."""
+    most, least = np.zeros(answers.count), np.full(answers.count, np.inf)
+    np.maximum.at(most, answers.groups(), answers.likelihoods())
+    np.minimum.at(least, answers.groups(), answers.likelihoods())
+    return most, least
+
+
+def _differ(most: Float[ndarray, " P"], least: Float[ndarray, " P"]) -> Bool[ndarray, " P"]:
+    return np.asarray(most > least * (1 + 1e-9))
+
+
+def _prior_mean(size: int) -> Float[ndarray, " Q"]:
+    mean = np.zeros(size + 2)
+    mean[1] = SHARE_SLOPE
+    return mean
+
+
+def _precision(size: int, spread: float) -> Float[ndarray, " Q"]:
+    sd = np.full(size + 2, spread / np.sqrt(max(1, size)))
+    sd[0], sd[1] = NONE_SD, SHARE_SD
+    return np.asarray(1 / sd**2)
+
+
+def _left_out(rows: ndarray, groups: ndarray, likelihood: ndarray, spread: float) -> float:
+    """Return the log-likelihood of the labels of each fold of prompts under the fit to the other folds."""
+    size = rows.shape[1] - 2
+    mean, precision, total = _prior_mean(size), _precision(size, spread), 0.0
+    fold = np.arange(groups.max() + 1) % FOLDS  # in the order of the prompts, which knows nothing of them
+    for left_out in range(FOLDS):
+        inside = fold[groups] != left_out
+        renumbered = np.unique(groups[inside], return_inverse=True)[1]
+        theta = _maximise(rows[inside], renumbered, likelihood[inside], mean, precision, mean)
+        outside = np.unique(groups[~inside], return_inverse=True)[1]
+        total += float(np.log(_weigh(rows[~inside] @ theta, outside, likelihood[~inside])[2]).sum())
+    return total
 
 
 def _maximise(
