@@ -202,7 +202,7 @@ class AnswerJudge:
             return self.table(prompts, texts, samples, known).answers
 
         if flip_rate is None:
-            flip_rate = flip_rate_from([left_out_log_likelihood(answers_at(rate)) for rate in RATES])
+            flip_rate = flip_rate_from([left_out_log_likelihood(answers_at(rate), rate) for rate in RATES])
         self.model = fit_answers(answers_at(flip_rate), flip_rate)
 
     def judge(
