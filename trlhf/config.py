@@ -25,6 +25,7 @@ Acquisition = Literal[
     "least_agreed",
     "scrambled",
 ]
+PairAcquisition = Literal["uniform", "double_thompson", "v_optimal", "d_optimal", "max_entropy", "apl"]
 MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -177,6 +178,7 @@ class TargetingConfig:
     """Which prompts, and which labels. ``docs/targeting.md`` says what each choice does and what it was measured to."""
 
     acquisition: Acquisition = "v_optimal"  # which questions are asked
+    pairs: PairAcquisition = "double_thompson"  # which two responses are compared
     update: Literal["plain", "frontier", "targeted"] = "targeted"  # which prompts are trained on, and how far trusted
     label_prompts: Literal["pool", "frontier"] = "frontier"  # that questions may be about; frontier: samples disagree
     gate: bool = True  # ask nothing about repetitive or outlying responses

@@ -48,6 +48,7 @@ class Progress:
         health: what the rules that stop the stage early remember.
         outlook: prompt id → what is expected of a prompt that no label decides: its pass rate, and the largest trust in
             the advantage of one of its samples.
+        liking: open prompt → probability that two of its samples are told apart, and mean trust in the advantages.
     """
 
     round: int = 1
@@ -58,6 +59,7 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)
     health: Health = field(default_factory=new_health)
     outlook: dict[str, tuple[float, float]] = field(default_factory=dict)
+    liking: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def folder_of(stage: StageDirectory, step: int, kind: str = REGULAR) -> Path:

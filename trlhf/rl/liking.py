@@ -1,4 +1,4 @@
-"""What is known of how responses to open prompts are liked: the model of preferences, applied to prompts and samples."""
+"""How responses to open prompts are liked, as far as is known: the model of preferences, applied to samples."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LikingJudge:
     def __init__(self, features: Features, folder: Path, cache: PairCache | None = None) -> None:
         self.features, self.folder = features, folder
         self.model: PreferenceModel | None = None
-        self.noise = Noise()
+        self.noise, self.swapped = Noise(), 0  # what `fit` estimated, from so many comparisons asked in both orders
         self.cache: PairCache = {} if cache is None else cache
         self.winners: Float[ndarray, "W Q"] | None = None  # features of preferred responses, and their prompts
         self.winning_prompts: list[str] = []
@@ -112,7 +112,8 @@ class LikingJudge:
         size = self._scales.whitening.map.shape[1] + TYPICAL
         both = np.array(read).reshape(len(told), 2, size)
         outcomes = np.array([SCORES[label.outcome] for label in told])
-        self.noise = estimate_noise(*repeated(told))
+        once, both_orders = repeated(told)
+        self.noise, self.swapped = estimate_noise(once, both_orders), len(both_orders)
         self.model = fit_preferences(Compared(both[:, 0], both[:, 1], outcomes, TYPICAL), self.noise)
         decided = [(n, int(score == 0)) for n, score in enumerate(outcomes) if score != 0.5]
         self.winners = np.array([both[n, side] for n, side in decided]).reshape(len(decided), size)

@@ -58,7 +58,9 @@ class Options(NamedTuple):
 def all_pairs(options: Options) -> tuple[Int[ndarray, " N"], Int[ndarray, " N"]]:
     """Return every two rows of one prompt."""
     pairs = [
-        pair for x in range(len(options.kinds)) for pair in combinations(np.flatnonzero(options.prompts == x).tolist(), 2)
+        pair
+        for x in range(len(options.kinds))
+        for pair in combinations(np.flatnonzero(options.prompts == x).tolist(), 2)
     ]
     found = np.array(pairs, int).reshape(-1, 2)
     return found[:, 0], found[:, 1]
@@ -137,7 +139,9 @@ def pick_pairs(
         if acquisition == "max_entropy":
             scores = apart * max_entropy_scores(expit(margins))
         elif entropy is None or implicit is None:
-            raise ValueError("pick_pairs: apl needs the entropy of each prompt and the implicit reward of each response")
+            raise ValueError(
+                "pick_pairs: apl needs the entropy of each prompt and the implicit reward of each response"
+            )
         else:
             scores = apl_scores(entropy[groups], implicit[first] - implicit[second])
         picks = top_batch(scores, groups, [options.kinds[g] for g in groups], count, 1)

@@ -82,9 +82,7 @@ class PreferenceModel:
         return information((first - second) @ self.mean, self.told_apart(first, second), self.noise)
 
 
-def information(
-    margins: Float[ndarray, " N"], decided: Float[ndarray, " N"], noise: Noise = Noise(0.0, 0.0)
-) -> Float[ndarray, " N"]:
+def information(margins: Float[ndarray, " N"], decided: Float[ndarray, " N"], noise: Noise) -> Float[ndarray, " N"]:
     """Return ω = (β·p(1-p))²·[1/P(A) + 1/P(B)], the information of an answer about the margin m, p = σ(m).
 
     P(A) = b + (1-b)εd̄ + βp and P(B) = (1-b)εd̄ + β(1-p), with d the probability of no tie, β = (1-b)(1-2ε)d and
@@ -99,7 +97,8 @@ def information(
     first, second, beta = _answers(decided, noise)
     p = expit(margins)
     slope = beta * p * (1 - p)
-    return np.asarray(slope**2 * (1 / np.maximum(first + beta * p, 1e-12) + 1 / np.maximum(second + beta * (1 - p), 1e-12)))
+    chances = np.maximum(first + beta * p, 1e-12), np.maximum(second + beta * (1 - p), 1e-12)
+    return np.asarray(slope**2 * (1 / chances[0] + 1 / chances[1]))
 
 
 def fit_preferences(compared: Compared, noise: Noise) -> PreferenceModel:
@@ -118,7 +117,9 @@ def fit_preferences(compared: Compared, noise: Noise) -> PreferenceModel:
             f"{len(compared.outcomes)} outcomes; there must be one of each for every comparison"
         )
     if not np.isin(compared.outcomes, (0.0, 0.5, 1.0)).all():
-        raise ValueError(f"fit_preferences: outcomes must be 1, 0.5 or 0, got {sorted(set(compared.outcomes.tolist()))}")
+        raise ValueError(
+            f"fit_preferences: outcomes must be 1, 0.5 or 0, got {sorted(set(compared.outcomes.tolist()))}"
+        )
     mean = np.zeros(size)
     mean[size - compared.typical :] = TYPICAL_SLOPE
     decided = _fit_decided(compared, noise)
