@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy import ndarray
 
 from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.models import encode_prompt
+from trlhf.rl.anchors import release
 from trlhf.rl.ask import OUTLIER_PERCENTILE
 from trlhf.rl.judge import settled
 from trlhf.rl.liking import LikingJudge, comparisons
@@ -158,7 +159,17 @@ def note_taste(
         prompts, sampled = [c.prompt for c in candidates], [c.rollouts for c in candidates]
         _, outlook = taster.judge(prompts, sampled, rng)
         trainer.state.liking |= {prompt.id: seen for prompt, seen in zip(prompts, outlook, strict=True)}
+        if learns_open(trainer):
+            learned = worth_learning(trainer.state.liking)
+            trainer.state.anchors = release(trainer.state.anchors, learned)
+            return _in_words(taster) | {"open_prompts_learned": len(learned)}
     return _in_words(taster)
+
+
+def worth_learning(liking: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Return the open prompts whose P(two samples are told apart) times trust is at least the mean of all."""
+    values = {name: apart * trust for name, (apart, trust) in liking.items()}
+    return {name for name, value in values.items() if value > 0 and value >= sum(values.values()) / len(values)}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from trlhf.rl.ask import (
     may_be_asked,
     typical_rollouts,
 )
-from trlhf.rl.ask_pairs import ask_pairs, fit_taste, implicit_rewards, learns_open, note_taste, open_candidates
+from trlhf.rl.ask_pairs import ask_pairs, fit_taste, implicit_rewards, note_taste, open_candidates
 from trlhf.rl.judge import settled, texts_of
 from trlhf.rl.round import Round, decisions_file, samples_file
 from trlhf.rollout import Sampling, sample_responses
@@ -57,8 +57,6 @@ def buy_labels(trainer: Round) -> None:
     candidates = sample_candidates(trainer, before)
     if number == 1:
         held = [*candidates, *more_plain(trainer, {candidate.prompt.id for candidate in candidates})]
-        if learns_open(trainer):  # what is to change is not held still
-            held = [candidate for candidate in held if candidate.prompt.task == "exact"]
         ids = [encode_prompt(trainer.tokenizer, candidate.prompt.messages) for candidate in held]
         trainer.state.anchors = find_anchors(held, ids)
     exact = [candidate for candidate in candidates if candidate.prompt.task == "exact"]

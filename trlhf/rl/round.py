@@ -140,6 +140,9 @@ class Round:
         unscored = self.config.rl.unverified_share and self.config.rl.unverified_reward == "reward_model"
         if self.open and self.taster is None:
             self.taster = self.fit_taster(labels)
+        if self.taster is not None:  # what an anchor holds still, no estimated reward is to move
+            held = {anchor.prompt_id for anchor in self.state.anchors}
+            self.open = [prompt for prompt in self.open if prompt.id not in held]
         if unscored or (self.open and self.taster is None):
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
         if self.exact or self.open:

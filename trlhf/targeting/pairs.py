@@ -95,8 +95,8 @@ def pick_pairs(
     With z = φ_A - φ_B, ω of `trlhf.targeting.preferences.information` (ties, flips and position bias count) and U of
     `disagreement`:
 
-    - ``double_thompson``: the prompts of the largest U/(1 + picks of its kind so far); on each, two responses that are
-      each the best under a draw of θ (Dwaracherla et al. 2024).
+    - ``double_thompson``: the prompts of the largest U; on each, two responses that are each the best under a draw of θ
+      (Dwaracherla et al. 2024).
     - ``v_optimal``: ω·zᵀΣTΣz/(1 + ω·zᵀΣz), T = Σ_x U(x)·T_x/tr(T_xΣ) over the samples. ``d_optimal``: ln(1 + ω·zᵀΣz).
     - ``max_entropy``: P(no tie)·H(p), spread over kinds. ``apl``: |difference of the implicit rewards|, on the half of
       the prompts with the largest entropy, so only with ``entropy`` and ``implicit``.
@@ -183,10 +183,10 @@ def _thompson(
     rng: np.random.Generator,
 ) -> Int[ndarray, " n"]:
     draws = model.draws(options.features, DRAWS, rng).T
-    value = disagreement(options, model)
-    able = np.bincount(options.prompts, minlength=len(value)) > 1
+    able = np.bincount(options.prompts, minlength=len(options.kinds)) > 1
+    value = np.where(able, disagreement(options, model), -1.0)
     picks = []
-    for x in top_batch(np.where(able, value, -np.inf), np.arange(len(value)), options.kinds, count, 1):
+    for x in np.argsort(-value, kind="stable")[: min(count, int(able.sum()))]:
         members = np.flatnonzero(options.prompts == x)
         two = {int(members[i]) for i in double_thompson_pair(draws[:, members], rng)}
         picks.append(next(n for n in np.flatnonzero(options.prompts[first] == x) if {first[n], second[n]} == two))
