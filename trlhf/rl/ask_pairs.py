@@ -61,6 +61,8 @@ def open_candidates(trainer: Round, candidates: Sequence[Candidate]) -> list[Can
     more = [p for p in trainer.inputs.pool if p.task == "open" and p.id not in held]
     rng = numpy_rng(config.seed, "rl", "open", number)
     prompts = [more[i] for i in rng.permutation(len(more))[: config.targeting.candidates]]
+    if not prompts:
+        return found
     sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
     with trainer.policy.acting() as model:
         generator = torch_generator(config.seed, "rl", "open", number)
