@@ -150,7 +150,7 @@ class LikingJudge:
         judged, seen = [], []
         for x, rollouts in enumerate(sampled):
             place = {texts[n]: n for n in np.flatnonzero(options.prompts == x)}
-            row = [place[r.text] if r.finished else -1 for r in rollouts]
+            row = np.array([place[r.text] if r.finished else -1 for r in rollouts], int)
             liking = np.vstack([draws, np.full((1, DRAWS), -1e3)])[row]
             wins = expit(liking[:, None] - liking[None]).sum(1) - 0.5
             wins = wins / max(1, len(rollouts) - 1)
