@@ -16,6 +16,7 @@ from trlhf.models import choose_device
 from trlhf.reward.calibration import calibrate
 from trlhf.reward.features import FeatureStore, PromptKey
 from trlhf.reward.fit import fit, fit_settings
+from trlhf.reward.liking import liking_features
 from trlhf.reward.model import RewardModel
 from trlhf.reward.split import Labels, read_split, split_by_prompt
 from trlhf.reward.table import tabulate
@@ -69,6 +70,15 @@ class Refitter:
         place = {sample: n for n, sample in enumerate(distinct)}
         pooled = model.pool_samples(distinct).forks.double().numpy()
         return np.asarray(pooled[[place[sample] for sample in samples]])
+
+    def liking(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Float[ndarray, "N F"]:
+        """Return what preferences can be read from (see `trlhf.reward.liking.liking_features`).
+
+        Raises:
+            UserError: a prompt and its response are longer than ``model.max_length`` together.
+        """
+        model = self._load()
+        return liking_features(model.role, model.encode(prompts, responses), int(model.tokenizer.pad_token_id))
 
     def _load(self) -> RewardModel:
         if self._model is None:

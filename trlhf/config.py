@@ -27,6 +27,7 @@ Acquisition = Literal[
 ]
 UPDATE_RULES = ("outliers_doubled", "longer_without_accuracy", "frontier_used_up", "anchors_fell")
 LABEL_RULES = ("labels_buy_too_little", "held_out_gain_covers_zero")  # both are functions of trlhf.targeting.stopping
+PairAcquisition = Literal["uniform", "double_thompson", "v_optimal", "d_optimal", "max_entropy", "apl"]
 MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -186,6 +187,7 @@ class TargetingConfig:
     """Which prompts, and which labels. ``docs/targeting.md`` says what each choice does and what it was measured to."""
 
     acquisition: Acquisition = "v_optimal"  # which questions are asked
+    pairs: PairAcquisition = "double_thompson"  # which two responses are compared
     update: Literal["plain", "frontier", "targeted"] = "targeted"  # which prompts are trained on, and how far trusted
     label_prompts: Literal["pool", "frontier"] = "frontier"  # that questions may be about; frontier: samples disagree
     gate: bool = True  # ask nothing about repetitive or outlying responses

@@ -218,7 +218,9 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
     with _ledger(config, run) as ledger:
         roles = load_roles(config, sft, reward_dir, backbone_of(reward_dir), choose_device(config))
         refit = Refitter(reward_dir, config, Labels(task.labelled, task.pairs), roles.reward)
-        inputs = RlInputs(pool, sft, roles, ledger, task.labeler(config), archive, refit, held_out, refit.forks)
+        inputs = RlInputs(
+            pool, sft, roles, ledger, task.labeler(config), archive, refit, held_out, refit.forks, refit.liking
+        )
         train_rl(config, run.stage("rl"), inputs)
 
 

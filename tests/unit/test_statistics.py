@@ -65,12 +65,34 @@ def test_accuracy_summary() -> None:
 def test_win_rate_counts_a_tie_half() -> None:
     rate = stats.win_rate(wins=4, ties=2, losses=4)
     assert (rate["value"], rate["n"]) == (0.5, 10)
-    assert (rate["low"], rate["high"]) == stats.wilson_interval(5, 10)
+    assert rate["low"] > stats.wilson_interval(5, 10)[0] and rate["low"] + rate["high"] == pytest.approx(1)
+    decided = stats.win_rate(7, 0, 3)  # a tie less, and it is a proportion like any other
+    assert (decided["low"], decided["high"]) == pytest.approx(stats.wilson_interval(7, 10), abs=1e-9)
     assert stats.win_rate(0, 1, 0)["value"] == 0.5 and stats.win_rate(3, 0, 1)["value"] == 0.75
     with pytest.raises(ValueError, match="not all 0"):
         stats.win_rate(0, 0, 0)
     with pytest.raises(ValueError, match="losses=-1"):
         stats.win_rate(2, 0, -1)
+
+
+def test_the_interval_of_a_paired_difference_is_where_its_score_test_just_passes() -> None:
+    wins, losses, n, z = 12, 2, 50, 1.959964
+    for delta in stats.paired_difference_interval(wins, losses, n):
+        losing = np.linspace(max(0, -delta), (1 - delta) / 2, 200_001)[1:-1]
+        likely = wins * np.log(losing + delta) + losses * np.log(losing) + 36 * np.log(1 - 2 * losing - delta)
+        lost = losing[likely.argmax()]  # the most likely P(loss), by looking
+        assert abs(wins - losses - n * delta) == pytest.approx(
+            z * np.sqrt(n * (2 * lost + delta * (1 - delta))), rel=1e-3
+        )
+    assert stats.paired_difference_interval(0, 0, 5) == pytest.approx((-0.4345, 0.4345), abs=1e-4)
+    with pytest.raises(ValueError, match="3, 4 of 6"):
+        stats.paired_difference_interval(3, 4, 6)
+
+
+def test_the_interval_of_a_paired_difference_covers_the_truth() -> None:
+    drawn = np.random.default_rng(0).multinomial(59, (0.4, 0.2, 0.4), 2000)
+    found = [stats.paired_difference_interval(int(w), int(x), 59) for w, x, _ in drawn]
+    assert np.mean([low <= 0.2 <= high for low, high in found]) == pytest.approx(0.95, abs=0.015)
 
 
 def test_mcnemar_by_hand() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,11 @@ def still_trusted(anchors: Sequence[Anchor], knowledge: Knowledge) -> list[Ancho
         for anchor in anchors
         if anchor.answer is None or knowledge.known(anchor.prompt_id, anchor.answer) is not False
     ]
+
+
+def release(anchors: Sequence[Anchor], learned: Container[str]) -> list[Anchor]:
+    """Return the anchors without those on prompts that are to be learned: what is to change is not held still."""
+    return [anchor for anchor in anchors if anchor.prompt_id not in learned]
 
 
 def anchor_loss(policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id: int, denominator: float) -> Tensor:

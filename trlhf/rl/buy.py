@@ -8,14 +8,12 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from trlhf import files
 from trlhf.console import progress as progress_bar
 from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
-from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import find_anchors
 from trlhf.rl.ask import (
@@ -30,13 +28,14 @@ from trlhf.rl.ask import (
     may_be_asked,
     typical_rollouts,
 )
+from trlhf.rl.ask_pairs import ask_pairs, fit_taste, implicit_rewards, note_taste, open_candidates
 from trlhf.rl.frontier import describe_frontier, draw_candidates, expected_rate, note_samples, refit_prior
 from trlhf.rl.judge import settled, texts_of
 from trlhf.rl.outliers import count_outliers
 from trlhf.rl.round import Round, decisions_file, samples_file
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.seeding import numpy_rng, python_rng, torch_generator
-from trlhf.targeting import Candidate, choose_pairs, choose_verdicts, fit_top_answer_model
+from trlhf.targeting import Candidate, choose_verdicts, fit_top_answer_model
 from trlhf.targeting.stopping import held_out_gain_covers_zero, labels_buy_too_little
 from trlhf.targeting.trust import TrustTest
 from trlhf.types import Label, Prompt, Question
@@ -75,9 +74,13 @@ def buy_labels(trainer: Round) -> None:
     rng = numpy_rng(config.seed, "rl", "choose", number)
     count = _affordable(trainer)
     pairs_wanted = round(count * targeting.preference_share) if _has_open(trainer) else 0
+    compared = open_candidates(trainer, candidates) if pairs_wanted else []
+    taster = fit_taste(trainer, compared, labels) if pairs_wanted else None
 
     def choose() -> list[Question]:
-        chosen = choose_pairs(candidates, pairs_wanted, rng, number)
+        pairs = ask_pairs(trainer, compared, taster, labels, pairs_wanted, rng)
+        chosen = pairs.questions
+        decided.update(pairs.decided)
         wanted = count - len(chosen)
         if targeting.acquisition in BY_ANSWERS and outlook is not None:
             verdicts = _choose_verdicts(trainer, exact, outlook, before, labels, wanted, decided, rng)
@@ -88,7 +91,7 @@ def buy_labels(trainer: Round) -> None:
             chosen += _choose_simply(trainer, sound, before, labels, wanted, decided, rng)
         asked = {question.prompt.id for question in chosen}
         new = Archive(inputs.pool)
-        for candidate in candidates:
+        for candidate in {c.prompt.id: c for c in [*candidates, *compared]}.values():
             if candidate.prompt.id in asked or before.right_answer(candidate.prompt.id) is not None:
                 new.add(candidate.rollouts, number)
         stage.write_jsonl(samples_file(number), new.rows())
@@ -104,6 +107,7 @@ def buy_labels(trainer: Round) -> None:
     if targeting.update == "targeted":
         _note_outlook(trainer, exact, labels, knowledge)
     _note_looks(trainer, exact, knowledge)
+    decided |= note_taste(trainer, compared, taster, labels)
     stage.write_json(decisions_file(number), decided | _outcome(trainer, questions, bought, labels, knowledge))
 
 
@@ -169,7 +173,8 @@ def _choose_verdicts(
     allowed &= np.array([name not in taken for name in names], bool)
     rest = count - len(uniform)
     if targeting.acquisition == "apl":
-        outlook.implicit = _implicit_rewards(trainer, candidates, outlook)
+        owners = [candidates[outlook.table.places[n]].prompt for n in outlook.table.answers.prompts]
+        outlook.implicit = implicit_rewards(trainer, owners, typical_rollouts(outlook.table, candidates))
     targeted = choose_targeted(
         outlook, allowed, candidates, rest, targeting.acquisition, trainer.flip_rate, rng, number
     )
@@ -251,25 +256,6 @@ def _behind_the_gate(
     decided["refused_by_gate"] = {reason: len(ids) for reason, ids in outlook.refused.items()}
     refused = {name for names in outlook.refused.values() for name in names}
     return [candidate for candidate in candidates if candidate.prompt.id not in refused]
-
-
-@torch.no_grad()
-def _implicit_rewards(trainer: Round, candidates: Sequence[Candidate], outlook: Outlook) -> Float[np.ndarray, " C"]:
-    """Return β·log π/π_ref of one response with each answer (Rafailov et al. 2023, sec. 4)."""
-    rl, table = trainer.config.rl, outlook.table
-    rollouts = typical_rollouts(table, candidates)
-    owners = [candidates[table.places[n]].prompt for n in table.answers.prompts]
-    prompts = [encode_prompt(trainer.tokenizer, prompt.messages) for prompt in owners]
-    pad_id, reference = int(trainer.tokenizer.pad_token_id), trainer.inputs.roles.reference
-    rewards = []
-    for start in range(0, len(rollouts), rl.microbatch_size):
-        part = slice(start, start + rl.microbatch_size)
-        batch = pad_sequences(prompts[part], [r.token_ids for r in rollouts[part]], pad_id).to(reference.device)
-        with reference.acting() as model:
-            logprobs = response_logprobs(model, batch, rl.temperature)
-        rewards += (logprobs * batch.response_mask).sum(1).tolist()
-    own = np.array([sum(rollout.logprobs) for rollout in rollouts])
-    return np.asarray(rl.beta * (own - np.array(rewards)))
 
 
 def _tested(trainer: Round, labels: Sequence[Label]) -> TrustTest | None:

@@ -52,6 +52,7 @@ class Progress:
         looks: prompt id → what its samples have shown of its pass rate.
         prior: coefficients of its label-free prior.
         drift: nats a response that the updates have moved the policy by, added up.
+        liking: open prompt → probability that two of its samples are told apart, and mean trust in the advantages.
     """
 
     round: int = 1
@@ -65,6 +66,7 @@ class Progress:
     looks: dict[str, Look] = field(default_factory=dict)
     prior: list[float] = field(default_factory=lambda: fit_prior(()))
     drift: float = 0.0
+    liking: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def folder_of(stage: StageDirectory, step: int, kind: str = REGULAR) -> Path:

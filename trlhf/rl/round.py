@@ -27,6 +27,7 @@ from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.frontier import expected_rate, note_samples, posterior_of
 from trlhf.rl.held_out import held_out_prompts
 from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
+from trlhf.rl.liking import LikingJudge, PairCache, comparisons
 from trlhf.roles import Role, Roles
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
@@ -56,6 +57,8 @@ class RlInputs:
             verify them by now.
         features: what a backbone that does not change makes of responses, for the answer model.
         feature_cache: of labelled responses, filled as rounds go by.
+        liking: what the same backbone makes of responses to open prompts, for the model of preferences.
+        pair_cache: of compared responses, filled as rounds go by.
     """
 
     pool: Sequence[Prompt]
@@ -67,7 +70,9 @@ class RlInputs:
     refit: Refit
     held_out: frozenset[str] = frozenset()
     features: Features | None = None
+    liking: Features | None = None
     feature_cache: Cache = field(default_factory=dict)
+    pair_cache: PairCache = field(default_factory=dict)
 
 
 def decisions_file(number: int) -> str:
@@ -100,6 +105,7 @@ class Round:
         self.open: list[Prompt] = []
         self.unverified: list[Prompt] = []
         self.judge: AnswerJudge | None = None
+        self.taster: LikingJudge | None = None
         self.flip_rate = FLIP_RATE
 
     @cached_property
@@ -133,7 +139,12 @@ class Round:
         preferences = any(label.kind == "preference" for label in labels)
         self.open = [p for p in self.inputs.pool if p.task == "open"] if preferences else []
         unscored = self.config.rl.unverified_share and self.config.rl.unverified_reward == "reward_model"
-        if unscored or self.open:
+        if self.open and self.taster is None:
+            self.taster = self.fit_taster(labels)
+        if self.taster is not None:  # what an anchor holds still, no estimated reward is to move
+            held = {anchor.prompt_id for anchor in self.state.anchors}
+            self.open = [prompt for prompt in self.open if prompt.id not in held]
+        if unscored or (self.open and self.taster is None):
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
         if self.exact or self.open:
             return
@@ -164,7 +175,7 @@ class Round:
         with self.policy.acting() as model:
             sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
-        judged = self._judge(prompts, sampled)
+        judged = self._judge(prompts, sampled) | self._taste(prompts, sampled)
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl, judged)
         for group in groups:
             name = group.prompt.id
@@ -212,6 +223,33 @@ class Round:
             return {}
         return {prompt.id: judgement for prompt, judgement in zip(asked, found, strict=True)}
 
+    def _taste(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]]) -> dict[str, Judgement]:
+        """Return rewards and trust of the open prompts, by the model of preferences of a targeted update."""
+        places = [i for i, prompt in enumerate(prompts) if prompt.task == "open"]
+        if self.taster is None or not places:
+            return {}
+        asked = [prompts[i] for i in places]
+        rng = numpy_rng(self.config.seed, "rl", "taste", self.state.step)
+        judged, outlook = self.taster.judge(asked, [sampled[i] for i in places], rng)
+        self.state.liking |= {prompt.id: seen for prompt, seen in zip(asked, outlook, strict=True)}
+        return {prompt.id: judgement for prompt, judgement in zip(asked, judged, strict=True)}
+
+    def fit_taster(self, labels: Sequence[Label]) -> LikingJudge | None:
+        """Fit the model of preferences to labels; None where the update is not targeted, or before any candidates."""
+        if self.config.targeting.update != "targeted" or not comparisons(labels):
+            return None
+        taster = self.new_taster()
+        if taster is None or not taster.load():
+            return None
+        taster.fit(self.inputs.pool, labels)
+        return taster
+
+    def new_taster(self) -> LikingJudge | None:
+        """Return a model of preferences that knows nothing yet; None where nothing reads responses for it."""
+        if self.inputs.liking is None:
+            return None
+        return LikingJudge(self.inputs.liking, self.stage.path, self.inputs.pair_cache)
+
     def fit_judge(self, labels: Sequence[Label]) -> AnswerJudge | None:
         """Fit the answer model to labels; None before any candidates were sampled."""
         judge = self.new_judge()
@@ -258,9 +296,20 @@ class Round:
         chosen = (
             [decided[i] for i in rng.choice(len(decided), n_decided, replace=False, p=weights)] if n_decided else []
         )
-        chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
+        if self.taster is None or not n_open:
+            chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
+        else:
+            weights = self._open_weights()
+            chosen += [self.open[i] for i in rng.choice(len(self.open), n_open, replace=False, p=weights)]
         chosen += [others[i] for i in rng.permutation(len(others))[:n_others]]
         return chosen or [self.unverified[i] for i in rng.permutation(len(self.unverified))[:total]]
+
+    def _open_weights(self) -> Float[ndarray, " N"]:
+        """Return how the open prompts are drawn: in proportion to P(two samples are told apart) times the trust."""
+        liking = [self.state.liking.get(prompt.id, (0.0, 0.0)) for prompt in self.open]
+        value = np.array([apart * trust for apart, trust in liking])
+        value = value + max(1e-3, 0.01 * float(value.max()))  # none is out of reach for ever
+        return np.asarray(value / value.sum())
 
     def _decided(self) -> tuple[list[Prompt], Float[ndarray, " N"]]:
         """Return the prompts whose rewards labels, or the answer model with trust, decide; and how they are drawn.

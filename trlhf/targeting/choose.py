@@ -127,26 +127,6 @@ def choose_verdicts(
     return questions
 
 
-def choose_pairs(
-    candidates: Sequence[Candidate], count: int, rng: np.random.Generator, round_number: int = 0
-) -> list[Question]:
-    """Choose pairs of different responses to open prompts: prompts and responses at random, at most a pair a prompt."""
-    usable = [c for c in candidates if c.prompt.task == "open" and len({r.text for r in c.rollouts}) >= 2]
-    questions = []
-    for i in rng.permutation(len(usable))[:count]:
-        texts = sorted({r.text for r in usable[i].rollouts if r.finished}) or sorted(
-            {r.text for r in usable[i].rollouts}
-        )
-        if len(texts) < 2:
-            continue
-        first, second = rng.choice(len(texts), 2, replace=False)
-        why = "uniform: a random pair on a random open prompt"
-        questions.append(
-            Question("preference", usable[i].prompt, (texts[first], texts[second]), None, why, round_number)
-        )
-    return questions
-
-
 def last_pass_rates(
     pass_rates: Sequence[float | None], samples: int
 ) -> tuple[Float[ndarray, " N"], Float[ndarray, " N"]]:

@@ -1,0 +1,200 @@
+"""Which two responses to compare: at random, or by what the answer is expected to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from scipy.special import expit
+
+from trlhf.targeting.acquisition import (
+    d_optimal_batch,
+    target_factor,
+    target_matrix,
+    top_batch,
+    v_optimal_batch,
+)
+from trlhf.targeting.baselines import apl_scores, double_thompson_pair, max_entropy_scores
+from trlhf.targeting.choose import Candidate
+from trlhf.targeting.preferences import PreferenceModel
+from trlhf.types import Question
+
+DRAWS = 64
+
+
+class PairPick(NamedTuple):
+    """A comparison to ask for.
+
+    ``first``, ``second``: rows. ``probability`` that the first is preferred if there is no tie; ``told_apart``: P(no
+    tie). ``value``: what the acquisition predicts; None where it does not say.
+    """
+
+    first: int
+    second: int
+    probability: float
+    told_apart: float
+    value: float | None
+
+
+class Options(NamedTuple):
+    """R distinct responses to P prompts, those of a prompt side by side.
+
+    ``features`` [R, Q] as in `trlhf.targeting.preferences.Compared`; ``prompts`` [R]: number of each one's prompt;
+    ``counts`` [R]: how many samples were this response; ``kinds`` [P].
+    """
+
+    features: Float[ndarray, "R Q"]
+    prompts: Int[ndarray, " R"]
+    counts: Int[ndarray, " R"]
+    kinds: Sequence[str]
+
+
+def all_pairs(options: Options) -> tuple[Int[ndarray, " N"], Int[ndarray, " N"]]:
+    """Return every two rows of one prompt."""
+    pairs = [
+        pair
+        for x in range(len(options.kinds))
+        for pair in combinations(np.flatnonzero(options.prompts == x).tolist(), 2)
+    ]
+    found = np.array(pairs, int).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def disagreement(options: Options, model: PreferenceModel) -> Float[ndarray, " P"]:
+    """Return U of each prompt: P(a person tells two of its responses apart), averaged over pairs of samples.
+
+    As for verdicts: where the samples of a group all are worth the same, nothing can be learned from them. Equal
+    samples are never told apart.
+    """
+    first, second = all_pairs(options)
+    number, weight = options.prompts[first], options.counts[first] * options.counts[second]
+    samples = np.bincount(options.prompts, options.counts, len(options.kinds))
+    apart = np.bincount(
+        number, weight * model.told_apart(options.features[first], options.features[second]), len(options.kinds)
+    )
+    return np.asarray(apart / np.maximum(samples * (samples - 1) / 2, 1))
+
+
+def pick_pairs(
+    options: Options,
+    model: PreferenceModel,
+    acquisition: str,
+    count: int,
+    rng: np.random.Generator,
+    entropy: Float[ndarray, " P"] | None = None,
+    implicit: Float[ndarray, " R"] | None = None,
+) -> list[PairPick]:
+    """Pick ``count`` comparisons, one a prompt.
+
+    With z = φ_A - φ_B, ω of `trlhf.targeting.preferences.information` (ties, flips and position bias count) and U of
+    `disagreement`:
+
+    - ``double_thompson``: the prompts of the largest U; on each, two responses that are each the best under a draw of θ
+      (Dwaracherla et al. 2024).
+    - ``v_optimal``: ω·zᵀΣTΣz/(1 + ω·zᵀΣz), T = Σ_x U(x)·T_x/tr(T_xΣ) over the samples. ``d_optimal``: ln(1 + ω·zᵀΣz).
+    - ``max_entropy``: P(no tie)·H(p), spread over kinds. ``apl``: |difference of the implicit rewards|, on the half of
+      the prompts with the largest entropy, so only with ``entropy`` and ``implicit``.
+
+    Which response is shown first is drawn at random, or a preference for the first place would look like taste.
+
+    Args:
+        options: the responses that may be asked about.
+        model: of the labels so far.
+        acquisition: one of the above.
+        count: at most so many.
+        rng: of draws and orders.
+        entropy: predictive entropy of the policy on each prompt, in nats.
+        implicit: β·log π/π_ref of each response.
+
+    Raises:
+        ValueError: another acquisition, or apl without its inputs.
+    """
+    first, second = all_pairs(options)
+    if not len(first) or count < 1:
+        return []
+    turned = rng.random(len(first)) < 0.5
+    first, second = np.where(turned, second, first), np.where(turned, first, second)
+    rows, groups = options.features, options.prompts[first]
+    margins = (rows[first] - rows[second]) @ model.mean
+    apart = model.told_apart(rows[first], rows[second])
+    values: list[float | None] | None = None
+    if acquisition == "double_thompson":
+        picks = _thompson(options, model, first, second, count, rng)
+    elif acquisition in ("v_optimal", "d_optimal"):
+        queries, omega = rows[first] - rows[second], model.information(rows[first], rows[second])
+        costs = np.ones(len(first))
+        if acquisition == "d_optimal":
+            batch = d_optimal_batch(queries, omega, model.covariance, costs, groups, count, 1)
+        else:
+            target = _target(options, model)
+            batch = v_optimal_batch(queries, omega, model.covariance, target, costs, groups, count, 1)
+        picks, values = batch.picks, list(batch.values)
+    elif acquisition in ("max_entropy", "apl"):
+        if acquisition == "max_entropy":
+            scores = apart * max_entropy_scores(expit(margins))
+        elif entropy is None or implicit is None:
+            raise ValueError(
+                "pick_pairs: apl needs the entropy of each prompt and the implicit reward of each response"
+            )
+        else:
+            scores = apl_scores(entropy[groups], implicit[first] - implicit[second])
+        picks = top_batch(scores, groups, [options.kinds[g] for g in groups], count, 1)
+    else:
+        raise ValueError(f"pick_pairs: acquisition={acquisition!r} chooses no pairs; uniform ones are `choose_pairs`'")
+    told = values or [None] * len(picks)
+    return [
+        PairPick(int(first[i]), int(second[i]), float(expit(margins[i])), float(apart[i]), value)
+        for i, value in zip(picks, told, strict=True)
+    ]
+
+
+def choose_pairs(
+    candidates: Sequence[Candidate], count: int, rng: np.random.Generator, round_number: int = 0
+) -> list[Question]:
+    """Choose pairs of different responses to open prompts: prompts and responses at random, at most a pair a prompt."""
+    usable = [c for c in candidates if c.prompt.task == "open" and len({r.text for r in c.rollouts}) >= 2]
+    questions = []
+    for i in rng.permutation(len(usable))[:count]:
+        texts = sorted({r.text for r in usable[i].rollouts if r.finished}) or sorted(
+            {r.text for r in usable[i].rollouts}
+        )
+        if len(texts) < 2:
+            continue
+        first, second = rng.choice(len(texts), 2, replace=False)
+        why = "uniform: a random pair on a random open prompt"
+        questions.append(
+            Question("preference", usable[i].prompt, (texts[first], texts[second]), None, why, round_number)
+        )
+    return questions
+
+
+def _thompson(
+    options: Options,
+    model: PreferenceModel,
+    first: Int[ndarray, " N"],
+    second: Int[ndarray, " N"],
+    count: int,
+    rng: np.random.Generator,
+) -> Int[ndarray, " n"]:
+    draws = model.draws(options.features, DRAWS, rng).T
+    able = np.bincount(options.prompts, minlength=len(options.kinds)) > 1
+    value = np.where(able, disagreement(options, model), -1.0)
+    picks = []
+    for x in np.argsort(-value, kind="stable")[: min(count, int(able.sum()))]:
+        members = np.flatnonzero(options.prompts == x)
+        two = {int(members[i]) for i in double_thompson_pair(draws[:, members], rng)}
+        picks.append(next(n for n in np.flatnonzero(options.prompts[first] == x) if {first[n], second[n]} == two))
+    return np.array(picks, int)
+
+
+def _target(options: Options, model: PreferenceModel) -> Float[ndarray, "Q Q"]:
+    """Return T = Σ_x U(x)·T_x/tr(T_xΣ), T_x the mean over pairs of x's samples of (φ_i-φ_j)(φ_i-φ_j)ᵀ."""
+    value = disagreement(options, model)
+    factor = target_factor(options.features, options.prompts, options.counts, np.ones(len(value)))
+    variance = np.bincount(options.prompts, ((factor @ model.covariance) * factor).sum(1), len(value))
+    scale = np.where(variance > 1e-9, value / np.maximum(variance, 1e-9), 0.0)
+    return target_matrix(options.features, options.prompts, options.counts, scale)
