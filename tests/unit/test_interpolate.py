@@ -165,7 +165,7 @@ def test_too_few_prompts_are_said_and_nothing_is_done(
     monkeypatch.setattr(logging.getLogger("trlhf"), "propagate", True)
     right_below(monkeypatch, trial, 0.5)
     assert interpolate(ready(tmp_path, trial, 7)) is None
-    assert "rl.interpolate: skipped, since only 7 held-out prompts were verified" in caplog.text
+    assert "rl.interpolate: skipped, since fewer than 8 held-out prompts were verified" in caplog.text
     assert interpolate(ready(tmp_path, trial, 10, interpolate=False)) is None
 
 

@@ -213,17 +213,19 @@ def test_prompts_are_drawn_by_the_pass_rates_that_are_asked_for(
 
 
 def test_the_drift_of_an_update_is_the_kl_of_the_sampler_to_the_updated_policy(tiny_model_dir: Path) -> None:
+    """Σ d²/2 over the tokens of one sample a prompt, where no log-ratio d counts for more than 2 nats."""
     trial = Trial(tiny_model_dir, RL)
-    groups = sampled_groups(6)
-    moved = measure_drift(trial.policy, groups, RL, PAD)
-    by_hand = 0.0
-    for group in groups:
+    groups, ratios = [], [0.5, -0.5, 0.1, -3.0]
+    for group in sampled_groups(4):
         ids, rollout = group.prompt_ids, group.rollouts[0]
         with torch.no_grad(), trial.policy.acting() as model:
             logits = model(torch.tensor([[*ids, *rollout.token_ids]])).logits[0, len(ids) - 1 : -1]
         now = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
-        by_hand += float(((now - torch.tensor(rollout.logprobs)) ** 2 / 2).sum())
-    assert moved == pytest.approx(by_hand / 6, rel=1e-4) and moved > 0
+        then = tuple(float(x) + ratios[i % 4] for i, x in enumerate(now))
+        groups.append(replace(group, rollouts=(replace(rollout, logprobs=then), *group.rollouts[1:])))
+    lengths = [len(group.rollouts[0].token_ids) for group in groups]
+    by_hand = sum(min(abs(ratios[i % 4]), 2.0) ** 2 / 2 for length in lengths for i in range(length)) / 4
+    assert measure_drift(trial.policy, groups, RL, PAD) == pytest.approx(by_hand, rel=1e-3) and by_hand > 0
     assert measure_drift(trial.policy, [], RL, PAD) == 0.0
 
 

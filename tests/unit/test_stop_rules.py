@@ -15,10 +15,10 @@ from trlhf.config import LABEL_RULES, UPDATE_RULES, build_config
 from trlhf.errors import ConfigError
 from trlhf.knowledge import Knowledge
 from trlhf.rl.anchors import Anchor
-from trlhf.rl.buy import _gains
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.health import after_record, after_step, new_health, protected
 from trlhf.rl.judge import AnswerTable
+from trlhf.rl.label_gain import label_gains
 from trlhf.rl.monitor import measure_anchors, record_round
 from trlhf.rl.outliers import count_outliers
 from trlhf.rl.records import RULES, Record, broken_rule
@@ -228,7 +228,7 @@ def test_the_gain_of_a_rounds_labels_is_what_they_take_off_later_verdicts(tmp_pa
     stage.write_json("round_03.json", {})
     labels = [Label("verdict", n, ("5",), "5", o, "me", 1.0, "", 2) for n, o in (("a", "right"), ("b", "wrong"))]
     trainer = SimpleNamespace(state=SimpleNamespace(round=4), stage=stage)
-    gains = _gains(cast("Any", trainer), labels)
+    gains = label_gains(cast("Any", trainer), labels)
     assert gains[0] == pytest.approx([np.log(0.8 / 0.4), np.log(0.2 / 0.6)]) and len(gains[1]) == 0
 
 

@@ -31,6 +31,7 @@ from trlhf.rl.ask import (
 from trlhf.rl.ask_pairs import ask_pairs, fit_taste, implicit_rewards, note_taste, open_candidates
 from trlhf.rl.frontier import describe_frontier, draw_candidates, expected_rate, note_samples, refit_prior
 from trlhf.rl.judge import settled, texts_of
+from trlhf.rl.label_gain import label_gains, two_predictions
 from trlhf.rl.outliers import count_outliers
 from trlhf.rl.round import Round, decisions_file, samples_file
 from trlhf.rollout import Sampling, sample_responses
@@ -43,7 +44,6 @@ from trlhf.types import Label, Prompt, Question
 log = logging.getLogger("trlhf")
 BY_ANSWERS = ("v_optimal", "d_optimal", "max_entropy", "double_thompson", "apl", "least_agreed", "scrambled")
 LEAST_TESTED = 16  # uniform verdicts from which the uncertainty is tested; before, it is taken on credit
-LEAST_P = 1e-3  # a prediction counts as no surer than this against what came
 
 
 def predictions_file(number: int) -> str:
@@ -188,58 +188,13 @@ def _choose_verdicts(
     if "labels_buy_too_little" in targeting.stop_rules:
         reason = labels_buy_too_little(drops, left)
     if "held_out_gain_covers_zero" in targeting.stop_rules:
-        decided["uniform_slice"] = _two_predictions(trainer, candidates, outlook, uniform, labels)
-        reason = reason or held_out_gain_covers_zero(_gains(trainer, labels), left)
+        decided["uniform_slice"] = two_predictions(trainer, candidates, outlook, uniform, labels)
+        reason = reason or held_out_gain_covers_zero(label_gains(trainer, labels), left)
     if reason is not None:
         decided["labels_stopped"] = reason
         log.warning("round %d: %s", number, reason)
         return []
     return [*targeted, *uniform, *repeats]
-
-
-def _two_predictions(
-    trainer: Round,
-    candidates: Sequence[Candidate],
-    outlook: Outlook,
-    uniform: Sequence[Chosen],
-    labels: Sequence[Label],
-) -> list[dict[str, Any]]:
-    """Return what is predicted of verdicts that chance chose, with the last round's labels and without them.
-
-    Both before the verdicts are bought, so that what comes tells what the last round's labels were worth.
-    """
-    number, rate = trainer.state.round, trainer.flip_rate
-    if number < 2 or not uniform:
-        return []
-    judge = trainer.fit_judge([label for label in labels if label.round < number - 1])
-    trainer.flip_rate = rate  # `fit_judge` estimates it from the labels that it is given
-    assert judge is not None and judge.model is not None
-    prompts, texts = [c.prompt for c in candidates], [texts_of(c.rollouts) for c in candidates]
-    table = judge.table(prompts, texts, [len(candidate.rollouts) for candidate in candidates])
-    earlier = judge.model.probabilities(table.answers)
-    names = [candidates[outlook.table.places[p]].prompt.id for p in outlook.table.answers.prompts]
-    rows = []
-    for verdict in uniform:
-        asked = verdict.question
-        row = next(n for n, at in enumerate(names) if at == asked.prompt.id and table.names[n] == asked.answer)
-        now, before = settled(float(outlook.probabilities[row])), settled(float(earlier[row]))
-        rows.append({"prompt_id": asked.prompt.id, "answer": asked.answer, "with": now, "without": before})
-    return rows
-
-
-def _gains(trainer: Round, labels: Sequence[Label]) -> list[Float[np.ndarray, " N"]]:
-    """Return by round, from the second on, by how much the labels before it lowered the NLL of its uniform verdicts."""
-    told = {(x.prompt_id, x.answer, x.round): x.outcome == "right" for x in labels if x.kind == "verdict"}
-    gains = []
-    for number in range(2, trainer.state.round):
-        found = []
-        for row in _read_round(trainer, number).get("uniform_slice", []):
-            right = told.get((row["prompt_id"], row["answer"], number))
-            if right is not None:
-                now, before = (row[key] if right else 1 - row[key] for key in ("with", "without"))
-                found.append(math.log(max(now, LEAST_P)) - math.log(max(before, LEAST_P)))
-        gains.append(np.array(found))
-    return gains
 
 
 def _behind_the_gate(

@@ -63,8 +63,8 @@ def interpolate(trainer: Round) -> dict[str, Any] | None:
         return None
     if len(prompts) < FEWEST:
         log.warning(
-            "rl.interpolate: skipped, since only %d held-out prompts were verified before the stage; it needs %d "
-            "(raise reward.labels)", len(prompts), FEWEST,
+            "rl.interpolate: skipped, since fewer than %d held-out prompts were verified before the stage; raise "
+            "reward.labels", FEWEST,
         )  # fmt: skip
         return None
     policy, reference = trainer.policy, trainer.inputs.roles.reference
