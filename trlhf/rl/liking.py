@@ -103,6 +103,7 @@ class LikingJudge:
         assert self._scales is not None, "scale_on or load first"
         known = {prompt.id: prompt for prompt in prompts}
         told = [label for label in comparisons(labels) if label.prompt_id in known]
+        told.sort(key=lambda x: (x.round, x.repeat, x.prompt_id, x.responses))  # whatever a kill made of their order
         read = []
         for label in told:
             key = (label.prompt_id, tuple(label.responses))
