@@ -106,10 +106,14 @@ def test_a_repeat_asks_the_same_two_in_the_other_order_once() -> None:
 
 
 def test_what_is_learned_is_released_and_what_is_not_stays_held() -> None:
-    liking = {"good": (0.8, 0.5), "junk": (0.1, 0.5), "unknown": (0.9, 0.0)}
-    assert worth_learning(liking) == {"good"} and worth_learning({"a": (0.0, 0.0)}) == set()
+    liking = {"good": (0.8, 0.5), "dull": (0.1, 0.1), "junk": (0.1, 0.5), "unknown": (0.9, 0.0)}
+    kinds = {"good": "line", "dull": "line", "junk": "list", "unknown": "list"}
+    learned = worth_learning(liking, kinds)
+    assert learned == {"good", "dull"}, "prompts of one kind are held still or released together"
+    assert worth_learning({"junk": (0.0, 0.0)}, kinds) == set() and worth_learning({}, kinds) == set()
+    assert worth_learning({"junk": (0.3, 0.3)}, kinds) == {"junk"}
     anchors = [Anchor(name, (1,), (2,), None) for name in liking]
-    assert release(anchors, worth_learning(liking)) == anchors[1:]
+    assert release(anchors, learned) == anchors[2:]
 
 
 def features(prompts: Any, responses: Any) -> np.ndarray:
@@ -194,9 +198,9 @@ def test_a_judge_knows_what_the_person_likes_and_says_how_sure_it_is(tmp_path: P
     judge.fit(POOL, labels)
     group = [Rollout("o0", text) for text in ("aaab", "cdcd", "cdcd", "aacd")] + [Rollout("o0", "aaaa", finished=False)]
     (found,), (seen,) = judge.judge([POOL[0]], [group], RNG(0))
-    assert found.rewards[0] > found.rewards[3] > found.rewards[1] == found.rewards[2] > found.rewards[4]
-    assert sum(found.rewards[:5]) == pytest.approx(2.5, abs=1e-4) and all(0 <= c <= 1 for c in found.trust)
-    assert found.rewards[4] == 0 and found.trust[4] == 1 and 0 < seen[0] < 1
+    assert min(found.rewards[0], found.rewards[3]) > found.rewards[1] == found.rewards[2] > found.rewards[4]
+    assert sum(found.rewards[:5]) == pytest.approx(2.5, abs=1e-4)
+    assert found.rewards[4] == 0 and set(found.trust) == {1.0} and 0 < seen[0] < 1 and 0 < seen[1] <= 1
     first, again = judge.cache.copy(), LikingJudge(features, tmp_path, judge.cache)
     assert again.load()
     again.fit(POOL, labels)

@@ -11,7 +11,6 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.special import expit
 
 from trlhf import files
 from trlhf.rl.judge import DRAWS, Features, Judgement, settled
@@ -139,10 +138,11 @@ class LikingJudge:
     ) -> tuple[list[Judgement], list[tuple[float, float]]]:
         """Return rewards and trust of every sample, and for each prompt its `disagreement` and mean trust.
 
-        A sample's reward is its expected win rate against the other samples of its group, E_θ mean_j σ(θ·(φ_i - φ_j)):
-        the quantity that the policies are compared by, on the scale of exact rewards (self-play preference
-        optimisation, Swamy et al. 2024, https://arxiv.org/abs/2401.04056). It is near ½ where θ is not known. Trust is
-        c = |P(A > 0) - P(A < 0)| over draws of θ, A the reward less its baseline ½. Unfinished samples lose to all.
+        A sample's reward is its expected win rate against the other samples of its group, mean_j P(θ·(φ_i - φ_j) > 0)
+        over draws of θ, ties half: the quantity that policies are compared by, on the scale of exact rewards (self-play
+        preference optimisation, Swamy et al. 2024, https://arxiv.org/abs/2401.04056). Where θ is not known it is near
+        ½, and the advantage near 0, so no second weight is laid on it: a trust of 1 each. The trust that is returned by
+        prompt is the mean of |P(A > 0) - P(A < 0)|, A the reward less ½. Unfinished samples lose to all others.
         """
         assert self.model is not None, "judge: fit first"
         options, texts, _ = self.options(prompts, sampled)
@@ -153,13 +153,11 @@ class LikingJudge:
             place = {texts[n]: n for n in np.flatnonzero(options.prompts == x)}
             row = np.array([place[r.text] if r.finished else -1 for r in rollouts], int)
             liking = np.vstack([draws, np.full((1, DRAWS), -1e3)])[row]
-            wins = expit(liking[:, None] - liking[None]).sum(1) - 0.5
+            gaps = liking[:, None] - liking[None]
+            wins = ((gaps > 0) + 0.5 * (gaps == 0)).sum(1) - 0.5
             wins = wins / max(1, len(rollouts) - 1)
-            above, below = (wins > 0.5 + 1e-9).mean(1), (wins < 0.5 - 1e-9).mean(1)
-            trust = np.abs(above - below)
-            judged.append(
-                Judgement(tuple(settled(float(w)) for w in wins.mean(1)), tuple(settled(float(c)) for c in trust))
-            )
+            trust = np.abs((wins > 0.5 + 1e-9).mean(1) - (wins < 0.5 - 1e-9).mean(1))
+            judged.append(Judgement(tuple(settled(float(w)) for w in wins.mean(1)), (1.0,) * len(rollouts)))
             seen.append((settled(float(outlook[x])), settled(float(trust.mean()))))
         return judged, seen
 
