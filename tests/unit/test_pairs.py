@@ -15,7 +15,7 @@ from trlhf.rl import ask_pairs, buy
 from trlhf.rl.anchors import Anchor, release
 from trlhf.rl.ask_pairs import REPEATED, turned, worth_learning
 from trlhf.rl.checkpoint import Progress
-from trlhf.rl.liking import LikingJudge
+from trlhf.rl.liking import LikingJudge, open_weights
 from trlhf.rl.round import RlInputs, Round
 from trlhf.run import RunDirectory
 from trlhf.targeting import Candidate
@@ -116,6 +116,12 @@ def test_what_is_learned_is_released_and_what_is_not_stays_held() -> None:
     assert release(anchors, learned) == anchors[2:]
 
 
+def test_open_prompts_are_drawn_where_much_can_be_told_and_none_is_out_of_reach() -> None:
+    weights = open_weights(["good", "dull", "new"], {"good": (0.8, 0.5), "dull": (0.4, 0.5)})
+    np.testing.assert_allclose(weights, np.array([0.404, 0.204, 0.004]) / 0.612)
+    assert open_weights(["a", "b"], {}).tolist() == [0.5, 0.5]
+
+
 def features(prompts: Any, responses: Any) -> np.ndarray:
     """Length and first letter of a response, some of its letters, and two columns of typicality."""
     letters = [[float(text.count(letter)) for letter in "abcdef"] for text in responses]
@@ -148,8 +154,8 @@ def sampled(seed: int) -> list[Candidate]:
 
 def a_round(path: Path, ledger: Ledger, person: Letters, monkeypatch: pytest.MonkeyPatch, **targeting: Any) -> Round:
     config = build_config(
-        {"targeting": {"budget": 24, "preference_share": 1.0, "repeat_share": 0.25, **targeting},
-         "reward": {"labels": 8}, "rl": {"rounds": 3}}
+        {"targeting": {"budget": 16, "preference_share": 1.0, "repeat_share": 0.25, **targeting},
+         "reward": {"labels": 8}, "rl": {"rounds": 2}}
     )  # fmt: skip
     nobody = cast("Any", None)
     inputs = RlInputs(POOL, path, nobody, ledger, person, Archive(POOL), nobody, liking=features)
@@ -162,7 +168,7 @@ def test_a_round_asks_chosen_pairs_and_repeats_in_the_other_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     person = Letters()
-    with Ledger(tmp_path / "ledger.sqlite", 24) as ledger:
+    with Ledger(tmp_path / "ledger.sqlite", 16) as ledger:
         ledger.ask([Question("preference", p, ("aa", "ff"), round=0) for p in POOL[:8]], person)
         trainer = a_round(tmp_path, ledger, person, monkeypatch)
         trainer.state.anchors = [Anchor(p.id, (1,), (2,), None) for p in POOL]

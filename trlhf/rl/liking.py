@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,3 +165,13 @@ class LikingJudge:
 def texts_of(rollouts: Sequence[Rollout]) -> dict[str, int]:
     """Return the distinct finished responses, and how many samples were each."""
     return dict(Counter(rollout.text for rollout in rollouts if rollout.finished))
+
+
+def open_weights(names: Sequence[str], liking: Mapping[str, tuple[float, float]]) -> Float[ndarray, " N"]:
+    """Return how open prompts are drawn: in proportion to P(two samples are told apart) times trust.
+
+    A hundredth of the largest is added, so that none is out of reach for ever; where nothing is known, all are alike.
+    """
+    value = np.array([apart * trust for apart, trust in (liking.get(name, (0.0, 0.0)) for name in names)])
+    value = value + max(1e-3, 0.01 * float(value.max()))
+    return np.asarray(value / value.sum())
