@@ -162,16 +162,26 @@ def note_taste(
         _, outlook = taster.judge(prompts, sampled, rng)
         trainer.state.liking |= {prompt.id: seen for prompt, seen in zip(prompts, outlook, strict=True)}
         if learns_open(trainer):
-            learned = worth_learning(trainer.state.liking)
+            kinds = {prompt.id: prompt.kind for prompt in trainer.inputs.pool}
+            learned = worth_learning(trainer.state.liking, kinds)
             trainer.state.anchors = release(trainer.state.anchors, learned)
             return _in_words(taster) | {"open_prompts_learned": len(learned)}
     return _in_words(taster)
 
 
-def worth_learning(liking: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Return the open prompts whose P(two samples are told apart) times trust is at least the mean of all."""
+def worth_learning(liking: Mapping[str, tuple[float, float]], kinds: Mapping[str, str]) -> set[str]:
+    """Return the open prompts of the kinds worth learning; the others stay held still.
+
+    A prompt's value is P(two samples are told apart) times trust; a kind is worth it if the mean over its prompts is at
+    least that over all. Prompts of one kind are answered alike: what holds some of them still holds all.
+    """
     values = {name: apart * trust for name, (apart, trust) in liking.items()}
-    return {name for name, value in values.items() if value > 0 and value >= sum(values.values()) / len(values)}
+    least = sum(values.values()) / max(1, len(values)) * (1 - 1e-9)
+    of_kind: dict[str, list[float]] = {}
+    for name, value in values.items():
+        of_kind.setdefault(kinds[name], []).append(value)
+    learned = {kind for kind, found in of_kind.items() if sum(found) > 0 and sum(found) / len(found) >= least}
+    return {name for name in values if kinds[name] in learned}
 
 
 @torch.no_grad()

@@ -74,8 +74,9 @@ def buy_labels(trainer: Round) -> None:
     rng = numpy_rng(config.seed, "rl", "choose", number)
     count = _affordable(trainer)
     pairs_wanted = round(count * targeting.preference_share) if _has_open(trainer) else 0
-    compared = open_candidates(trainer, candidates) if pairs_wanted else []
-    taster = fit_taste(trainer, compared, labels) if pairs_wanted else None
+    compares = _has_open(trainer) and targeting.preference_share > 0  # also when this round's labels are paid already
+    compared = open_candidates(trainer, candidates) if compares else []
+    taster = fit_taste(trainer, compared, labels) if compares else None
 
     def choose() -> list[Question]:
         pairs = ask_pairs(trainer, compared, taster, labels, pairs_wanted, rng)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.special import expit
 
 from trlhf import files
 from trlhf.rl.judge import DRAWS, Features, Judgement, settled
@@ -103,6 +102,7 @@ class LikingJudge:
         assert self._scales is not None, "scale_on or load first"
         known = {prompt.id: prompt for prompt in prompts}
         told = [label for label in comparisons(labels) if label.prompt_id in known]
+        told.sort(key=lambda x: (x.round, x.repeat, x.prompt_id, x.responses))  # whatever a kill made of their order
         read = []
         for label in told:
             key = (label.prompt_id, tuple(label.responses))
@@ -138,10 +138,11 @@ class LikingJudge:
     ) -> tuple[list[Judgement], list[tuple[float, float]]]:
         """Return rewards and trust of every sample, and for each prompt its `disagreement` and mean trust.
 
-        A sample's reward is its expected win rate against the other samples of its group, E_θ mean_j σ(θ·(φ_i - φ_j)):
-        the quantity that the policies are compared by, on the scale of exact rewards (self-play preference
-        optimisation, Swamy et al. 2024, https://arxiv.org/abs/2401.04056). It is near ½ where θ is not known. Trust is
-        c = |P(A > 0) - P(A < 0)| over draws of θ, A the reward less its baseline ½. Unfinished samples lose to all.
+        A sample's reward is its expected win rate against the other samples of its group, mean_j P(θ·(φ_i - φ_j) > 0)
+        over draws of θ, ties half: the quantity that policies are compared by, on the scale of exact rewards (self-play
+        preference optimisation, Swamy et al. 2024, https://arxiv.org/abs/2401.04056). Where θ is not known it is near
+        ½, and the advantage near 0, so no second weight is laid on it: a trust of 1 each. The trust that is returned by
+        prompt is the mean of |P(A > 0) - P(A < 0)|, A the reward less ½. Unfinished samples lose to all others.
         """
         assert self.model is not None, "judge: fit first"
         options, texts, _ = self.options(prompts, sampled)
@@ -152,13 +153,11 @@ class LikingJudge:
             place = {texts[n]: n for n in np.flatnonzero(options.prompts == x)}
             row = np.array([place[r.text] if r.finished else -1 for r in rollouts], int)
             liking = np.vstack([draws, np.full((1, DRAWS), -1e3)])[row]
-            wins = expit(liking[:, None] - liking[None]).sum(1) - 0.5
+            gaps = liking[:, None] - liking[None]
+            wins = ((gaps > 0) + 0.5 * (gaps == 0)).sum(1) - 0.5
             wins = wins / max(1, len(rollouts) - 1)
-            above, below = (wins > 0.5 + 1e-9).mean(1), (wins < 0.5 - 1e-9).mean(1)
-            trust = np.abs(above - below)
-            judged.append(
-                Judgement(tuple(settled(float(w)) for w in wins.mean(1)), tuple(settled(float(c)) for c in trust))
-            )
+            trust = np.abs((wins > 0.5 + 1e-9).mean(1) - (wins < 0.5 - 1e-9).mean(1))
+            judged.append(Judgement(tuple(settled(float(w)) for w in wins.mean(1)), (1.0,) * len(rollouts)))
             seen.append((settled(float(outlook[x])), settled(float(trust.mean()))))
         return judged, seen
 
@@ -166,3 +165,13 @@ class LikingJudge:
 def texts_of(rollouts: Sequence[Rollout]) -> dict[str, int]:
     """Return the distinct finished responses, and how many samples were each."""
     return dict(Counter(rollout.text for rollout in rollouts if rollout.finished))
+
+
+def open_weights(names: Sequence[str], liking: Mapping[str, tuple[float, float]]) -> Float[ndarray, " N"]:
+    """Return how open prompts are drawn: in proportion to P(two samples are told apart) times trust.
+
+    A hundredth of the largest is added, so that none is out of reach for ever; where nothing is known, all are alike.
+    """
+    value = np.array([apart * trust for apart, trust in (liking.get(name, (0.0, 0.0)) for name in names)])
+    value = value + max(1e-3, 0.01 * float(value.max()))
+    return np.asarray(value / value.sum())

@@ -27,7 +27,7 @@ from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.frontier import expected_rate, note_samples, posterior_of
 from trlhf.rl.held_out import held_out_prompts
 from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
-from trlhf.rl.liking import LikingJudge, PairCache, comparisons
+from trlhf.rl.liking import LikingJudge, PairCache, comparisons, open_weights
 from trlhf.roles import Role, Roles
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
@@ -299,17 +299,10 @@ class Round:
         if self.taster is None or not n_open:
             chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
         else:
-            weights = self._open_weights()
+            weights = open_weights([prompt.id for prompt in self.open], self.state.liking)
             chosen += [self.open[i] for i in rng.choice(len(self.open), n_open, replace=False, p=weights)]
         chosen += [others[i] for i in rng.permutation(len(others))[:n_others]]
         return chosen or [self.unverified[i] for i in rng.permutation(len(self.unverified))[:total]]
-
-    def _open_weights(self) -> Float[ndarray, " N"]:
-        """Return how the open prompts are drawn: in proportion to P(two samples are told apart) times the trust."""
-        liking = [self.state.liking.get(prompt.id, (0.0, 0.0)) for prompt in self.open]
-        value = np.array([apart * trust for apart, trust in liking])
-        value = value + max(1e-3, 0.01 * float(value.max()))  # none is out of reach for ever
-        return np.asarray(value / value.sum())
 
     def _decided(self) -> tuple[list[Prompt], Float[ndarray, " N"]]:
         """Return the prompts whose rewards labels, or the answer model with trust, decide; and how they are drawn.
