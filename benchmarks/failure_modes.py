@@ -53,7 +53,7 @@ def judge(row: Row, sites: Sequence[Site], found: Mapping[Site, Mapping[str, Any
     entry: dict[str, Any] = {"words": row.words, "mark": row.mark, "missing": missing}
     if missing:
         return {**entry, "passed": None, "figure": f"{len(missing)} of {len(sites)} runs are missing", "values": {}}
-    said = row.judge({site: found[site] for site in sites})
+    said = row.judge({site: found[site] for site in (found if row.everywhere else sites)})
     return {**entry, "passed": said.passed, "figure": said.figure, "values": said.values}
 
 

@@ -36,13 +36,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Row:
-    """A failure mode: its test, its mark, the runs that it needs of a seed, and how they are judged."""
+    """A failure mode: its test, its mark, the runs that it needs of a seed, and how they are judged.
+
+    ``everywhere``: they are judged together with the finished runs of all other rows.
+    """
 
     words: str
     mark: str
     sites: Callable[[int], list[Site]]
     judge: Callable[[Cells], Finding]
     seeds: tuple[int, ...] = (0,)
+    everywhere: bool = False
 
 
 def _pick(cells: Cells, world: str, arm: str, budget: int | None = None) -> list[Mapping[str, Any]]:
@@ -284,6 +288,6 @@ ROWS: Mapping[str, Row] = {
     ),
     "leaked_labels": Row(
         "labeller calls against ledger rows", "equal, and no answer of the test set read in training",
-        _sites(("clean", ("full",), MANY)), leaks,
+        _sites(("clean", ("full",), MANY)), leaks, everywhere=True,
     ),
 }  # fmt: skip

@@ -188,6 +188,15 @@ def test_every_look_at_a_gold_answer_is_a_label() -> None:
         assert not passed("leaked_labels", full=leaking)
 
 
+def test_leaks_are_looked_for_in_the_runs_of_all_rows() -> None:
+    row, leaking = ROWS["leaked_labels"], {"labels": 9, "labeler": 9, "pool_answers_read": 12, "test_answers_read": 0}
+    found = cells("leaked_labels", full=record(calls=leaking | {"pool_answers_read": 9}))
+    assert judge(row, list(found), found)["passed"] is True
+    elsewhere = found | {Site("junk", "full", 64, 0): record(calls=leaking)}
+    assert judge(row, list(found), elsewhere)["passed"] is False
+    assert judge(ROWS["mode_collapse"], list(found)[:2], elsewhere)["values"]["runs"] == 1
+
+
 def test_a_row_without_its_runs_is_neither_passed_nor_failed() -> None:
     row, site = ROWS["mode_collapse"], Site("clean", "full", MANY, 0)
     entry = judge(row, [site], {})
