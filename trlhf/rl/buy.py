@@ -8,7 +8,6 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from trlhf import files
 from trlhf.console import progress as progress_bar
