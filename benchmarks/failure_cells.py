@@ -38,7 +38,7 @@ MODE_ARMS: Mapping[str, Arm] = {
 EVERY_ROUND = 100  # rl.save_total_limit of runs whose accuracy is measured at every checkpoint
 # All labels are bought first, so that few candidates are sampled in the rounds.
 _LONG = (
-    *("rl.rounds=8", "rl.steps_per_round=4", "rl.learning_rate=1e-3", "rl.save_steps=4"),
+    *("rl.rounds=8", "rl.steps_per_round=4", "rl.learning_rate=5e-4", "rl.save_steps=4"),
     *("reward.samples_per_prompt=4", "targeting.candidates=16", f"rl.save_total_limit={EVERY_ROUND}"),
 )
 _ASKING = ("rl.rounds=6", "rl.steps_per_round=1")  # many rounds of labels, hardly a step
