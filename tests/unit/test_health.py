@@ -21,7 +21,7 @@ from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive
 from trlhf.models import load_causal_lm
 from trlhf.rl import checkpoint
-from trlhf.rl.buy import more_plain, sample_candidates
+from trlhf.rl.candidates import more_plain, sample_candidates
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.health import (
     Health,
@@ -231,7 +231,7 @@ def test_nothing_of_the_stage_touches_held_out_prompts(tmp_path: Path, monkeypat
         sampled.extend(p.id for p in prompts)
         return [[Rollout(p.id, "", (1,), (0.0,), True, "5")] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.buy.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.candidates.sample_responses", sample)
     ledger = SimpleNamespace(labels=lambda: [*LABELS, verdict("plain0")])
     inputs = RlInputs(
         pool, tmp_path, *cast("Any", (None, ledger, None, Archive(pool), lambda *_: None)), frozenset(held)

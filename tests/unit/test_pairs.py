@@ -160,7 +160,7 @@ def a_round(path: Path, ledger: Ledger, person: Letters, monkeypatch: pytest.Mon
     nobody = cast("Any", None)
     inputs = RlInputs(POOL, path, nobody, ledger, person, Archive(POOL), nobody, liking=features)
     monkeypatch.setattr(buy, "sample_candidates", lambda *_: sampled(2))
-    monkeypatch.setattr(ask_pairs, "sample_responses", lambda *_: [])
+    monkeypatch.setattr(ask_pairs, "more_open", lambda *_: [])
     return Round(config, RunDirectory(path).stage("rl"), inputs, nobody, nobody, Progress(round=2))
 
 

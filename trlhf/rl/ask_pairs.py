@@ -15,11 +15,11 @@ from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import release
 from trlhf.rl.ask import OUTLIER_PERCENTILE
+from trlhf.rl.candidates import more_open
 from trlhf.rl.judge import settled
 from trlhf.rl.liking import LikingJudge, comparisons
 from trlhf.rl.round import Round
-from trlhf.rollout import Sampling, sample_responses
-from trlhf.seeding import numpy_rng, torch_generator
+from trlhf.seeding import numpy_rng
 from trlhf.targeting import Candidate
 from trlhf.targeting.gate import gate, mahalanobis_distances, outlier_bound
 from trlhf.targeting.pairs import Options, choose_pairs, pick_pairs
@@ -49,25 +49,11 @@ def learns_open(trainer: Round) -> bool:
 
 
 def open_candidates(trainer: Round, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the open prompts among the candidates and, where they are learned by a model, samples of the others too.
-
-    Six in ten random pairs were ties: a choice needs something to choose from, and rollouts are cheap beside labels.
-    """
+    """Return the open prompts among the candidates and, where they are learned by a model, more of them."""
     found = [candidate for candidate in candidates if candidate.prompt.task == "open"]
-    config, number = trainer.config, trainer.state.round
     if not learns_open(trainer):
         return found
-    held = {candidate.prompt.id for candidate in found}
-    more = [p for p in trainer.inputs.pool if p.task == "open" and p.id not in held]
-    rng = numpy_rng(config.seed, "rl", "open", number)
-    prompts = [more[i] for i in rng.permutation(len(more))[: config.targeting.candidates]]
-    if not prompts:
-        return found
-    sampling = Sampling.of(config.rl, config.targeting.samples_per_prompt)
-    with trainer.policy.acting() as model:
-        generator = torch_generator(config.seed, "rl", "open", number)
-        sampled = sample_responses(model, trainer.tokenizer, prompts, sampling, generator)
-    return found + [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
+    return found + more_open(trainer, {candidate.prompt.id for candidate in found})
 
 
 def fit_taste(trainer: Round, candidates: Sequence[Candidate], labels: Sequence[Label]) -> LikingJudge | None:
