@@ -158,7 +158,7 @@ class RlConfig:
     anchor_kl_horizon: int = setting(500, low=1)  # responses of anchors; as rl.kl_horizon, in far fewer
     missing_eos_penalty: float = setting(1.0, low=0)  # taken off the score of a response that never ends
     uncertainty_penalty: float = setting(1.0, low=0)  # kappa in mean - kappa * sd
-    open_share: float = setting(0.1, low=0, high=1)  # of each step's prompts: open ones, scored by the reward model
+    open_share: float = setting(0.2, low=0, high=1)  # of each step's prompts: open ones, learned from preferences
     unverified_share: float = setting(
         0.0, low=0, high=1
     )  # of each step's prompts: exact ones that no label decides yet
@@ -196,7 +196,7 @@ class TargetingConfig:
     )  # labels in the whole run, the reward stage's included
     samples_per_prompt: int = setting(8, low=2, remedy="a frontier shows only where responses differ")
     candidates: int = setting(128, low=1)  # pool prompts sampled per round
-    preference_share: float = setting(0.2, low=0, high=1)  # of the labels, where the pool has open prompts
+    preference_share: float = setting(0.3, low=0, high=1)  # of the labels, where the pool has open prompts
     round_share: float = setting(0.5, low=0, high=1)  # of what is left of the budget, each round but the last; 0: equal
     uniform_share: float = setting(0.1, low=0, high=1)  # of each round's verdicts: at random, to test the uncertainty
     repeat_share: float = setting(0.05, low=0, high=1)  # of each round's labels: asked again, to measure the noise
