@@ -113,6 +113,15 @@ def test_experiment_with_real_data() -> None:
     assert (config.model.dtype, config.model.pad_token, config.reward.finetune) == ("bfloat16", "<unk>", "lora")
 
 
+@pytest.mark.parametrize("targeting", ["frontier", "uniform"])
+def test_where_taste_is_not_modelled_fewer_labels_and_steps_go_into_it(targeting: str) -> None:
+    config, whole, exact = one(f"targeting={targeting}"), one(), one(f"targeting={targeting}", "labeler=exact")
+    assert (config.targeting.preference_share, config.rl.open_share) == (0.2, 0.1)
+    assert (whole.targeting.preference_share, whole.rl.open_share) == (0.3, 0.2)
+    assert exact.targeting.preference_share == 0
+    assert one(f"targeting={targeting}", "rl.open_share=0.5").rl.open_share == 0.5
+
+
 def test_yaml_files_are_short() -> None:
     for path in CONF.rglob("*.yaml"):
         limit = 40 if path.parent.name == "help" else 25

@@ -145,7 +145,7 @@ def test_one_wrong_value(values: dict[str, Any], message: str) -> None:
         ({"reward": {"labels": 0}}, "reward.labels=0 buys no labels and data.labels names none, but the reward model "),
         (
             {"labeler": {"name": "exact"}},
-            "targeting.preference_share=0.2 asks for preferences, but labeler.name=exact can only judge final answers",
+            "targeting.preference_share=0.3 asks for preferences, but labeler.name=exact can only judge final answers",
         ),
         (
             {"labeler": {"name": "exact", "position_bias": 0.1}, "targeting": {"preference_share": 0}},
