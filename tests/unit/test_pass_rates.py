@@ -15,6 +15,7 @@ from trials import PAD, RL, Trial, sampled_groups
 from trlhf.config import build_config
 from trlhf.knowledge import Knowledge
 from trlhf.rl.checkpoint import Progress
+from trlhf.rl.draw import decided_prompts
 from trlhf.rl.frontier import describe_frontier, draw_candidates, measure_drift, note_samples, posterior_of, refit_prior
 from trlhf.rl.round import RlInputs, Round
 from trlhf.run import RunDirectory
@@ -208,7 +209,7 @@ def test_prompts_are_drawn_by_the_pass_rates_that_are_asked_for(
     inputs = RlInputs([], tmp_path, *cast("Any", (None, None, None, None, None)))
     trainer = Round(config, RunDirectory(tmp_path).stage("rl"), inputs, *cast("Any", (None, None)), state)
     trainer.exact = [prompt("a"), prompt("b")]
-    prompts, weights = trainer._decided()
+    prompts, weights = decided_prompts(trainer)
     assert prompts[int(np.argmax(weights))].id == favourite and weights.sum() == pytest.approx(1)
 
 

@@ -13,6 +13,7 @@ import pytest
 from trlhf.config import Config, RlConfig, TargetingConfig
 from trlhf.errors import UserError
 from trlhf.rl.checkpoint import Progress
+from trlhf.rl.draw import draw_prompts
 from trlhf.rl.round import Round
 from trlhf.types import Prompt
 
@@ -46,7 +47,7 @@ def round_of(share: float, exact: int = 0, open: int = 0, unverified: int = 0) -
     ],
 )
 def test_a_step_s_prompts_are_of_each_kind(share: float, pool: dict[str, int], drawn: dict[str, int]) -> None:
-    chosen = round_of(share, **pool)._draw_prompts(np.random.default_rng(0))
+    chosen = draw_prompts(round_of(share, **pool), np.random.default_rng(0))
     assert Counter(prompt.id[0] for prompt in chosen) == drawn
     assert len({prompt.id for prompt in chosen}) == len(chosen)
 

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
-from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 
 from trlhf.config import Config
@@ -23,16 +21,16 @@ from trlhf.ledger import Ledger
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import still_trusted
 from trlhf.rl.checkpoint import Progress
+from trlhf.rl.draw import draw_prompts
 from trlhf.rl.experience import Group, score_groups
-from trlhf.rl.frontier import expected_rate, note_samples, posterior_of
+from trlhf.rl.frontier import expected_rate, note_samples
 from trlhf.rl.held_out import held_out_prompts
 from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
-from trlhf.rl.liking import LikingJudge, PairCache, comparisons, open_weights
+from trlhf.rl.liking import LikingJudge, PairCache, comparisons
 from trlhf.roles import Role, Roles
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.run import StageDirectory
 from trlhf.seeding import numpy_rng, torch_generator
-from trlhf.targeting import last_pass_rates, training_weights
 from trlhf.targeting.answers import FLIP_RATE
 from trlhf.types import Label, Labeler, Prompt, Rollout, Scorer
 
@@ -169,7 +167,7 @@ class Round:
         """Draw this step's prompts, sample them and score the samples."""
         config, step = self.config, self.state.step
         rl = config.rl
-        prompts = self._draw_prompts(numpy_rng(self.config.seed, "rl", "prompts", step))
+        prompts = draw_prompts(self, numpy_rng(self.config.seed, "rl", "prompts", step))
         generator = torch_generator(self.config.seed, "rl", "rollouts", step)
         sampling = Sampling.of(rl, rl.samples_per_prompt)
         with self.policy.acting() as model:
@@ -179,14 +177,16 @@ class Round:
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl, judged)
         for group in groups:
             name = group.prompt.id
-            if all(group.verified) and group.prompt.task == "exact":
+            if group.prompt.task != "exact":
+                continue
+            expected = None
+            if all(group.verified):
                 self.state.pass_rates[name] = float(np.mean([reward > 0.5 for reward in group.rewards]))
-            elif name in judged and self.judge is not None:
-                self.state.outlook[name] = float(np.mean(judged[name].rewards)), max(judged[name].trust)
-            if group.prompt.task == "exact":
-                least = config.targeting.least_trust
-                expected = expected_rate(self.state.outlook, name, least) if not all(group.verified) else None
-                note_samples(self.state, name, group.rollouts, self.knowledge, expected)
+            else:
+                if name in judged and self.judge is not None:
+                    self.state.outlook[name] = float(np.mean(judged[name].rewards)), max(judged[name].trust)
+                expected = expected_rate(self.state.outlook, name, config.targeting.least_trust)
+            note_samples(self.state, name, group.rollouts, self.knowledge, expected)
         return groups
 
     def _judge(self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]]) -> dict[str, Judgement]:
@@ -277,62 +277,6 @@ class Round:
         least, outlook = self.config.targeting.least_trust, self.state.outlook
         held = {anchor.prompt_id for anchor in self.state.anchors}
         return [p for p in self.unverified if p.id not in held and outlook.get(p.id, (0.0, 0.0))[1] >= least]
-
-    def _draw_prompts(self, rng: np.random.Generator) -> list[Prompt]:
-        """Draw a step's prompts: decided ones, open ones and, by ``rl.unverified_share``, some that nothing decides.
-
-        Where too few are decided, more of the last than were asked for. A targeted update that has nothing else looks
-        at such prompts too: their samples may be judged with trust by now.
-        """
-        rl = self.config.rl
-        total = rl.prompts_per_step
-        decided, weights = self._decided()
-        known = {prompt.id for prompt in decided}
-        others = [p for p in self.unverified if p.id not in known] if rl.unverified_share else []
-        n_open = min(len(self.open), round(total * rl.open_share) if decided or others else total)
-        wanted = min(len(others), round(total * rl.unverified_share))
-        n_decided = min(len(decided), max(0, total - n_open - wanted))
-        n_others = total - n_open - n_decided
-        chosen = (
-            [decided[i] for i in rng.choice(len(decided), n_decided, replace=False, p=weights)] if n_decided else []
-        )
-        if self.taster is None or not n_open:
-            chosen += [self.open[i] for i in rng.permutation(len(self.open))[:n_open]]
-        else:
-            weights = open_weights([prompt.id for prompt in self.open], self.state.liking)
-            chosen += [self.open[i] for i in rng.choice(len(self.open), n_open, replace=False, p=weights)]
-        chosen += [others[i] for i in rng.permutation(len(others))[:n_others]]
-        return chosen or [self.unverified[i] for i in rng.permutation(len(self.unverified))[:total]]
-
-    def _decided(self) -> tuple[list[Prompt], Float[ndarray, " N"]]:
-        """Return the prompts whose rewards labels, or the answer model with trust, decide; and how they are drawn.
-
-        Plain: all alike. Else in proportion to U, P(mixed group). Targeted: times the trust in what no label decides,
-        and times (1 - pass rate)^η for what labels verify. Where the model alone says what is right, what is seldom
-        right may be what the model has wrong, so there the factor is that of a pass rate of a half.
-        """
-        targeting, outlook = self.config.targeting, self.state.outlook
-        judged = self.trusted()
-        prompts = [*self.exact, *judged]
-        if targeting.update == "plain" or not prompts:
-            return prompts, np.full(len(prompts), 1 / max(1, len(prompts)))
-        alpha, beta = self._pass_rates(judged)
-        eta = targeting.hardness if targeting.update == "targeted" else 0.0
-        hardness = np.array([eta] * len(self.exact) + [0.0] * len(judged))
-        trust = np.array([1.0] * len(self.exact) + [outlook[p.id][1] * 0.5**eta for p in judged])
-        return prompts, training_weights(alpha, beta, self.config.rl.samples_per_prompt, hardness, trust)
-
-    def _pass_rates(self, judged: Sequence[Prompt]) -> tuple[Float[ndarray, " N"], Float[ndarray, " N"]]:
-        """Return α and β of the verified prompts' pass rates, then of those that the answer model judges.
-
-        By ``targeting.pass_rates``: of the last samples alone, or of all so far, faded, over a label-free prior.
-        """
-        targeting, state = self.config.targeting, self.state
-        if targeting.pass_rates == "posterior":
-            return posterior_of(state, [*self.exact, *judged])
-        samples = min(targeting.samples_per_prompt, self.config.rl.samples_per_prompt)  # a rate comes from either
-        rates = [state.pass_rates.get(p.id) for p in self.exact] + [state.outlook[p.id][0] for p in judged]
-        return last_pass_rates(rates, samples)
 
 
 def majority(rollouts: Sequence[Rollout], knowledge: Knowledge) -> Judgement:
