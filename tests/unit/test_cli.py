@@ -122,6 +122,17 @@ def test_where_taste_is_not_modelled_fewer_labels_and_steps_go_into_it(targeting
     assert one(f"targeting={targeting}", "rl.open_share=0.5").rl.open_share == 0.5
 
 
+def test_dpo_chooses_the_targeting_under_which_it_learned_most() -> None:
+    def chosen(*overrides: str) -> tuple[str, str]:
+        targeting = one(*overrides).targeting
+        return targeting.acquisition, targeting.update
+
+    assert chosen() == chosen("rl=dpo", "targeting=full") == ("v_optimal", "targeted")
+    assert chosen("rl=dpo") == chosen("experiment=cerebrum-7b", "rl=dpo") == ("frontier", "frontier")
+    assert chosen("targeting=uniform", "rl=dpo") == ("uniform", "plain")
+    assert one("rl=dpo").rl.algorithm == "dpo"
+
+
 def test_yaml_files_are_short() -> None:
     for path in CONF.rglob("*.yaml"):
         limit = 40 if path.parent.name == "help" else 25
