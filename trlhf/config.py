@@ -202,7 +202,7 @@ class TargetingConfig:
     repeat_share: float = setting(0.05, low=0, high=1)  # of each round's labels: asked again, to measure the noise
     pass_rates: Literal["last", "posterior"] = "last"  # that prompts are drawn by: last samples', or all, fading
     hardness: float = setting(1.0, low=0)  # eta: verified prompts are drawn by P(mixed group)·(1 - pass rate)^eta
-    least_trust: float = setting(0.5, low=0, below=1)  # unverified prompts are trained on from this trust on
+    least_trust: float = setting(0.5, above=0, below=1)  # unverified prompts are trained on from this trust on
     stop_rules: list[str] = setting(["labels_buy_too_little"])  # of buying; besides: held_out_gain_covers_zero
 
 

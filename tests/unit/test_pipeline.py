@@ -313,6 +313,20 @@ def test_a_killed_round_asks_the_same_questions(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_no_round_buys_after_one_in_which_a_rule_stopped_the_buying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    config = build_config({"targeting": AT_RANDOM | {"budget": 6}, "reward": {"labels": 1}, "rl": {"rounds": 2}})
+    stage, nobody = RunDirectory(tmp_path).stage("rl"), cast("Any", None)
+    stage.write_json("round_01.json", {"labels_stopped": "a label tells too little"} if stopped else {})
+    monkeypatch.setattr(buy, "sample_candidates", lambda *_: candidates(3))
+    with Ledger(tmp_path / "ledger.sqlite", 6) as ledger:
+        inputs = RlInputs(POOL, tmp_path, NOBODY, ledger, ExactVerifier(GOLD), Archive(POOL), nobody)
+        buy.buy_labels(Round(config, stage, inputs, nobody, nobody, Progress(round=2)))
+        assert ledger.spent == (0 if stopped else 6)
+
+
 def test_a_round_that_is_done_again_knows_no_later_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the checkpoints of the rounds after it cannot be read."""
     config = build_config(

@@ -61,6 +61,8 @@ def buy_labels(trainer: Round) -> None:
         chosen = pairs.questions
         decided.update(pairs.decided)
         chosen += VerdictChooser(trainer, exact, outlook, labels, rng, decided).choose(count - len(chosen))
+        if "labels_stopped" in decided:  # what is left is handed back, comparisons included
+            chosen = []
         asked = {question.prompt.id for question in chosen}
         new = Archive(inputs.pool)
         for candidate in {c.prompt.id: c for c in [*candidates, *compared]}.values():
@@ -87,8 +89,11 @@ def _affordable(trainer: Round) -> int:
     """Return how many labels the round may buy: an equal share of what is left, or a fixed share, and all at the end.
 
     Labels bought early are learned from in every later step, and what they tell is about samples of a policy that has
-    not yet learned from its own mistakes.
+    not yet learned from its own mistakes. None after a round in which a rule stopped the buying.
     """
+    earlier = (trainer.stage.path / decisions_file(number) for number in range(1, trainer.state.round))
+    if any("labels_stopped" in files.read_json(path) for path in earlier if path.exists()):
+        return 0
     left, rounds = trainer.inputs.ledger.remaining, trainer.config.rl.rounds - trainer.state.round + 1
     share = trainer.config.targeting.round_share
     return int(left // rounds) if not share or rounds == 1 else math.ceil(left * share - 1e-9)
@@ -161,14 +166,17 @@ def _outcome(
     error, pairs = flip_rate(labels)
     if trainer.judge is not None:
         error = trainer.flip_rate
-    trusted = sum(trust >= trainer.config.targeting.least_trust for _, trust in state.outlook.values())
+    decided_by_labels = knowledge.verifiable_prompts()
+    held = {anchor.prompt_id for anchor in state.anchors}.union(decided_by_labels)
+    least = trainer.config.targeting.least_trust
+    trusted = sum(name not in held and trust >= least for name, (_, trust) in state.outlook.items())
     found: dict[str, Any] = {
         "labels_bought": len(bought),
         "verdicts": len(verdicts),
         "right": right,
         "preferences": len(bought) - len(verdicts),
         "budget_left": max(0.0, trainer.inputs.ledger.budget - sum(label.cost for label in labels)),
-        "verifiable_prompts": len(knowledge.verifiable_prompts()),
+        "verifiable_prompts": len(decided_by_labels),
         "mixed": sum(0 < rate < 1 for rate in rates),
         "frontier": describe_frontier(state, trainer.pool, trainer.config.rl.samples_per_prompt),
         "judged_with_trust": trusted,

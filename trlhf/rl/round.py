@@ -148,8 +148,9 @@ class Round:
             return
         trusted, share = len(self.trusted()), self.config.rl.unverified_share
         if not trusted and not (self.unverified and share):
+            none = "every open prompt is held still by an anchor" if preferences else "there are no preferences"
             raise UserError(
-                "rl: no prompt can be learned from: no verdict found a right answer and there are no preferences; "
+                f"rl: no prompt can be learned from: no verdict found a right answer and {none}; "
                 f"raise targeting.budget={self.config.targeting.budget}, improve the SFT model first, or let the "
                 "reward model decide, less its uncertainty: rl.unverified_share=0.5; first delete the folder "
                 f"{self.stage.path} (labels already bought are kept)"
@@ -276,7 +277,7 @@ class Round:
             return []
         least, outlook = self.config.targeting.least_trust, self.state.outlook
         held = {anchor.prompt_id for anchor in self.state.anchors}
-        return [p for p in self.unverified if p.id not in held and outlook.get(p.id, (0.0, 0.0))[1] >= least]
+        return [p for p in self.unverified if p.id in outlook and p.id not in held and outlook[p.id][1] >= least]
 
 
 def majority(rollouts: Sequence[Rollout], knowledge: Knowledge) -> Judgement:
