@@ -10,6 +10,7 @@ import pytest
 from numpy import ndarray
 
 from trlhf.targeting.acquisition import (
+    balanced_target,
     d_optimal_batch,
     query_information,
     target_factor,
@@ -296,3 +297,14 @@ def test_designs_refuse_what_has_no_meaning(changes: dict[str, Any], message: st
 def test_the_other_picker_refuses_what_has_no_meaning() -> None:
     with pytest.raises(ValueError, match=r"top_batch: scores must be at least 0, or -inf .* got -1\.0"):
         top_batch(np.array([-1.0, 1.0]), np.arange(2), ["k", "k"], 1)
+
+
+def test_in_a_balanced_target_every_prompt_counts_its_value_whatever_its_spread() -> None:
+    """tr(TΣ) = Σ_x U(x) over the prompts whose samples differ."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(7, 3)) * np.array([1, 1, 50, 50, 50, 1, 1])[:, None]
+    rows[6] = rows[5]  # the third prompt's samples are the same
+    prompts, counts = np.array([0, 0, 1, 1, 1, 2, 2]), np.array([3, 5, 1, 2, 5, 4, 4])
+    covariance = np.diag([1.0, 2.0, 3.0])
+    target = balanced_target(rows, prompts, counts, np.array([0.9, 0.4, 0.7]), covariance)
+    assert np.trace(target @ covariance) == pytest.approx(0.9 + 0.4)

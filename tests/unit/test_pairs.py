@@ -178,7 +178,7 @@ def test_a_round_asks_chosen_pairs_and_repeats_in_the_other_order(
         assert len(asked) == 8 and ledger.spent == 16 and len(repeats) == 2
         assert all(q.responses == ("ff", "aa") and q.round == 2 for q in repeats)
         assert all(q.why.startswith("double_thompson: P(told apart)") for q in asked if not q.repeat)
-        decided = buy._read_round(trainer, 2)
+        decided = trainer.decisions(2)
         assert (
             "10 comparisons" not in decided["preferences_say"]
             and "16 comparisons, 2 of them" in decided["preferences_say"]
@@ -188,7 +188,7 @@ def test_a_round_asks_chosen_pairs_and_repeats_in_the_other_order(
         again.state.anchors = [Anchor(p.id, (1,), (2,), None) for p in POOL]
         buy.buy_labels(again)
         assert ledger.spent == 16 and len(person.asked) == 16 and again.state == trainer.state
-        assert buy._read_round(again, 2) == decided
+        assert again.decisions(2) == decided
 
 
 def test_a_judge_knows_what_the_person_likes_and_says_how_sure_it_is(tmp_path: Path) -> None:

@@ -227,8 +227,9 @@ def test_the_gain_of_a_rounds_labels_is_what_they_take_off_later_verdicts(tmp_pa
     stage.write_json("round_02.json", {"uniform_slice": rows})
     stage.write_json("round_03.json", {})
     labels = [Label("verdict", n, ("5",), "5", o, "me", 1.0, "", 2) for n, o in (("a", "right"), ("b", "wrong"))]
-    trainer = SimpleNamespace(state=SimpleNamespace(round=4), stage=stage)
-    gains = label_gains(cast("Any", trainer), labels)
+    trainer = cast("Any", SimpleNamespace(state=SimpleNamespace(round=4), stage=stage))
+    trainer.decisions = lambda number: Round.decisions(trainer, number)
+    gains = label_gains(trainer, labels)
     assert gains[0] == pytest.approx([np.log(0.8 / 0.4), np.log(0.2 / 0.6)]) and len(gains[1]) == 0
 
 

@@ -15,10 +15,9 @@ from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
 from trlhf.rl.judge import DRAWS, AnswerTable, settled
 from trlhf.targeting.acquisition import (
+    balanced_target,
     d_optimal_batch,
     query_information,
-    target_factor,
-    target_matrix,
     top_batch,
     v_optimal_batch,
 )
@@ -26,13 +25,12 @@ from trlhf.targeting.answers import AnswerModel
 from trlhf.targeting.baselines import apl_scores, double_thompson, least_agreed_scores, max_entropy_scores
 from trlhf.targeting.choose import Candidate
 from trlhf.targeting.frontier import frontier_value
-from trlhf.targeting.gate import gate, mahalanobis_distances, outlier_bound
+from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, gate, mahalanobis_distances, outlier_bound
 from trlhf.targeting.trust import TrustTest, trust_test
 from trlhf.types import Label, Prompt, Question, Rollout
 
 UNIFORM, REPEAT = "uniform", "repeat"
 FRONTIER_VALUE = 0.2  # least P(a group is mixed) of a prompt on the frontier
-OUTLIER_PERCENTILE = 99.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def may_be_asked(
         return open_
     usual = np.isin(number, [n for n, name in enumerate(ids) if name in set(sound)])
     distances, bound = None, None
-    if len(set(number[usual].tolist())) >= 20:
+    if len(set(number[usual].tolist())) >= FEWEST_USUAL:
         distances = mahalanobis_distances(table.answers.features, table.answers.features[usual])
         bound = outlier_bound(table.answers.features[usual], OUTLIER_PERCENTILE, number[usual])
     tokens = [rollout.token_ids for rollout in typical_rollouts(table, candidates)]
@@ -176,7 +174,8 @@ def choose_targeted(
         if acquisition == "d_optimal":
             batch = d_optimal_batch(queries, information, covariance, costs, groups, count, 1)
         else:
-            target = _target(outlook)
+            all_rows = table.answers.design()[: len(table.names)]
+            target = balanced_target(all_rows, table.answers.prompts, table.counts, outlook.mixed, covariance)
             own = outlook.mixed[groups] * share * 4 * p[rows] * (1 - p[rows])
             own = own[order] if acquisition == "scrambled" else own
             batch = v_optimal_batch(queries, information, covariance, target, costs, groups, count, 1, own)
@@ -224,17 +223,6 @@ def _apl(
     answers = len(rows) / len(set(number[rows].tolist()))  # of one prompt, on average
     kept = max(0.5, min(1.0, 2 * count * answers / len(rows)))  # of the answers; enough for all that are to be asked
     return apl_scores(entropy, np.maximum(lead, 0) + 1e-9 * entropy, kept)
-
-
-def _target(outlook: Outlook) -> Float[ndarray, "Q Q"]:
-    """Return T = Σ_x U(x)·T_x/tr(T_xΣ), T_x the mean over pairs of x's samples of (x_i-x_j)(x_i-x_j)ᵀ."""
-    table = outlook.table
-    number = table.answers.prompts
-    rows = table.answers.design()[: len(table.names)]
-    factor = target_factor(rows, number, table.counts, np.ones(len(table.places)))
-    variance = np.bincount(number, ((factor @ outlook.model.covariance) * factor).sum(1), len(table.places))
-    scale = np.where(variance > 1e-9, outlook.mixed / np.maximum(variance, 1e-9), 0.0)
-    return target_matrix(rows, number, table.counts, scale)
 
 
 def choose_repeats(

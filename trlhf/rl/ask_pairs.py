@@ -14,18 +14,16 @@ from numpy import ndarray
 from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import release
-from trlhf.rl.ask import OUTLIER_PERCENTILE
 from trlhf.rl.candidates import more_open
 from trlhf.rl.judge import settled
 from trlhf.rl.liking import LikingJudge, comparisons
 from trlhf.rl.round import Round
 from trlhf.seeding import numpy_rng
 from trlhf.targeting import Candidate
-from trlhf.targeting.gate import gate, mahalanobis_distances, outlier_bound
+from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, gate, mahalanobis_distances, outlier_bound
 from trlhf.targeting.pairs import Options, choose_pairs, pick_pairs
 from trlhf.types import Label, Prompt, Question, Rollout
 
-FEWEST_SOUND = 20  # prompts with a preferred response from which outliers can be told
 REPEATED = "repeat: the same two responses in the other order, to measure noise and position bias"
 
 
@@ -193,7 +191,7 @@ def _sound(options: Options, samples: Sequence[Rollout], taster: LikingJudge) ->
     What is usual is measured on responses that a person preferred to another.
     """
     distances, bound = None, None
-    if taster.winners is not None and len(set(taster.winning_prompts)) >= FEWEST_SOUND:
+    if taster.winners is not None and len(set(taster.winning_prompts)) >= FEWEST_USUAL:
         groups = np.unique(taster.winning_prompts, return_inverse=True)[1]
         distances = mahalanobis_distances(options.features, taster.winners)
         bound = outlier_bound(taster.winners, OUTLIER_PERCENTILE, groups)

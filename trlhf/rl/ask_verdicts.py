@@ -27,7 +27,7 @@ from trlhf.rl.ask import (
 from trlhf.rl.ask_pairs import implicit_rewards
 from trlhf.rl.judge import settled
 from trlhf.rl.label_gain import label_gains, two_predictions
-from trlhf.rl.round import Round, decisions_file
+from trlhf.rl.round import Round
 from trlhf.targeting import Candidate, choose_verdicts, fit_top_answer_model
 from trlhf.targeting.stopping import held_out_gain_covers_zero, labels_buy_too_little
 from trlhf.targeting.trust import TrustTest
@@ -163,7 +163,7 @@ class VerdictChooser:
         rules, left = self.targeting.stop_rules, int(self.trainer.inputs.ledger.remaining)
         reason = None
         if "labels_buy_too_little" in rules:
-            earlier = [self._round(number).get("value_per_label") for number in range(1, self.number)]
+            earlier = [self.trainer.decisions(number).get("value_per_label") for number in range(1, self.number)]
             drops = [value for value in [*earlier, self.decided["value_per_label"]] if value is not None]
             reason = labels_buy_too_little(drops, left)
         if "held_out_gain_covers_zero" in rules:
@@ -171,10 +171,6 @@ class VerdictChooser:
             self.decided["uniform_slice"] = two
             reason = reason or held_out_gain_covers_zero(label_gains(self.trainer, self.labels), left)
         return reason
-
-    def _round(self, number: int) -> dict[str, Any]:
-        decided: dict[str, Any] = files.read_json(self.trainer.stage.path / decisions_file(number))
-        return decided
 
     def _tell(self) -> None:
         """Say in the log what was decided, and why."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from trlhf import files
 from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
 from trlhf.models import encode_prompt
@@ -73,7 +72,7 @@ def buy_labels(trainer: Round) -> None:
         return chosen
 
     questions = settle_questions(stage, f"round_{number:02d}_questions.jsonl", choose)
-    decided = _read_round(trainer, number)  # as it was decided, by whichever start
+    decided = trainer.decisions(number)  # as it was decided, by whichever start
     bought = inputs.ledger.ask(questions, inputs.labeler)
     labels = [label for label in inputs.ledger.labels() if label.round <= number]
     knowledge = Knowledge(labels)
@@ -91,8 +90,7 @@ def _affordable(trainer: Round) -> int:
     Labels bought early are learned from in every later step, and what they tell is about samples of a policy that has
     not yet learned from its own mistakes. None after a round in which a rule stopped the buying.
     """
-    earlier = (trainer.stage.path / decisions_file(number) for number in range(1, trainer.state.round))
-    if any("labels_stopped" in files.read_json(path) for path in earlier if path.exists()):
+    if any("labels_stopped" in trainer.decisions(number) for number in range(1, trainer.state.round)):
         return 0
     left, rounds = trainer.inputs.ledger.remaining, trainer.config.rl.rounds - trainer.state.round + 1
     share = trainer.config.targeting.round_share
@@ -193,11 +191,6 @@ def _outcome(
         found["frontier"]["mastered"], found["frontier"]["seen"], found["frontier"]["hopeless"],
     )  # fmt: skip
     return found
-
-
-def _read_round(trainer: Round, number: int) -> dict[str, Any]:
-    decided: dict[str, Any] = files.read_json(trainer.stage.path / decisions_file(number))
-    return decided
 
 
 def _has_open(trainer: Round) -> bool:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from trlhf import files
 from trlhf.rl.ask import Chosen, Outlook
 from trlhf.rl.judge import settled, texts_of
-from trlhf.rl.round import Round, decisions_file
+from trlhf.rl.round import Round
 from trlhf.targeting import Candidate
 from trlhf.types import Label
 
@@ -55,7 +54,7 @@ def label_gains(trainer: Round, labels: Sequence[Label]) -> list[Float[np.ndarra
     gains = []
     for number in range(2, trainer.state.round):
         found = []
-        for row in files.read_json(trainer.stage.path / decisions_file(number)).get("uniform_slice", []):
+        for row in trainer.decisions(number).get("uniform_slice", []):
             right = told.get((row["prompt_id"], row["answer"], number))
             if right is not None:
                 now, before = (row[key] if right else 1 - row[key] for key in ("with", "without"))

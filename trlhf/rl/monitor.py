@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from trlhf import files
 from trlhf.config import RlConfig
 from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Learner
@@ -33,7 +32,7 @@ def judge_step(trainer: Round) -> dict[str, float]:
         return {}
     rates, held_out_tokens = measure_held_out(trainer)
     name, accuracy = decisions_file(state.round), mean(rates) if rates else None
-    decided = files.read_json(trainer.stage.path / name)
+    decided = trainer.decisions(state.round)
     record = record_round(trainer, decided, held_out_tokens, accuracy)
     state.health = after_round(state.health, state.step, rates, rl.held_out_patience)
     state.health = after_record(state.health, record, rl.stop_rules)

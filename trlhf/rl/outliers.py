@@ -11,11 +11,9 @@ import safetensors.numpy
 from trlhf import files
 from trlhf.rl.judge import AnswerTable, settled
 from trlhf.targeting.choose import Candidate
-from trlhf.targeting.gate import mahalanobis_distances, outlier_bound
+from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, mahalanobis_distances, outlier_bound
 
 REFERENCE, NAMES = "outlier_reference.safetensors", "outlier_reference.json"
-FEWEST = 20  # prompts that a measure of what is usual must come from
-PERCENTILE = 99.0
 
 
 def count_outliers(folder: Path, table: AnswerTable, candidates: Sequence[Candidate]) -> dict[str, float] | None:
@@ -32,7 +30,7 @@ def count_outliers(folder: Path, table: AnswerTable, candidates: Sequence[Candid
         candidates: the table's places are indices into them.
 
     Returns:
-        ``outliers`` of ``prompts``; None where the first round had fewer than twice `FEWEST` prompts.
+        ``outliers`` of ``prompts``; None where the first round had fewer than twice `FEWEST_USUAL` prompts.
     """
     number, features = table.answers.prompts, table.answers.features
     names = [candidates[place].prompt.id for place in table.places]
@@ -42,9 +40,9 @@ def count_outliers(folder: Path, table: AnswerTable, candidates: Sequence[Candid
         files.write_bytes(folder / REFERENCE, safetensors.numpy.save(kept))
         files.write_json(folder / NAMES, names[::2])
     reference, known = safetensors.numpy.load_file(folder / REFERENCE), set(files.read_json(folder / NAMES))
-    if len(known) < FEWEST:
+    if len(known) < FEWEST_USUAL:
         return None
-    bound = outlier_bound(reference["features"], PERCENTILE, reference["prompts"])
+    bound = outlier_bound(reference["features"], OUTLIER_PERCENTILE, reference["prompts"])
     beyond = ~(mahalanobis_distances(features, reference["features"]) <= bound)
     weights = table.counts.astype(float)
     shares = np.bincount(number, weights * beyond, len(names)) / np.bincount(number, weights, len(names))

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trlhf import files
 from trlhf.config import Config
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
@@ -105,6 +107,11 @@ class Round:
         self.judge: AnswerJudge | None = None
         self.taster: LikingJudge | None = None
         self.flip_rate = FLIP_RATE
+
+    def decisions(self, number: int) -> dict[str, Any]:
+        """Return what a round decided; nothing where it left no file."""
+        path = self.stage.path / decisions_file(number)
+        return files.read_json(path) if path.exists() else {}
 
     @cached_property
     def held_out(self) -> list[Prompt]:

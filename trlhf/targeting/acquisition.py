@@ -338,3 +338,27 @@ def same_lengths(function: str, **arrays: Sequence[object] | ndarray) -> None:
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {n}" for name, n in lengths.items())
         raise ValueError(f"{function}: expected equal lengths, got {found}; give one entry a question")
+
+
+def balanced_target(
+    rows: Float[ndarray, "C Q"],
+    prompts: Int[ndarray, " C"],
+    counts: Int[ndarray, " C"],
+    value: Float[ndarray, " P"],
+    covariance: Float[ndarray, "Q Q"],
+) -> Float[ndarray, "Q Q"]:
+    """Return T = Σ_x U(x)·T_x/tr(T_xΣ), T_x the mean over pairs of x's samples of (x_i-x_j)(x_i-x_j)ᵀ.
+
+    Each prompt counts U(x), however far apart its responses are; one whose variance is 0 counts nothing.
+
+    Args:
+        rows: of the distinct responses.
+        prompts: of each, its prompt's number.
+        counts: of each, how many samples it stands for.
+        value: U of each prompt.
+        covariance: Σ.
+    """
+    factor = target_factor(rows, prompts, counts, np.ones(len(value)))
+    variance = np.bincount(prompts, ((factor @ covariance) * factor).sum(1), len(value))
+    scale = np.where(variance > 1e-9, value / np.maximum(variance, 1e-9), 0.0)
+    return target_matrix(rows, prompts, counts, scale)

@@ -18,6 +18,8 @@ RUN_TOKENS = 16  # that the copies cover together
 NGRAM = 4  # tokens
 DISTINCT_SHARE = 0.5  # of the n-grams
 DISTINCT_NGRAMS = 32  # fewer n-grams say nothing about their share
+OUTLIER_PERCENTILE = 99.0  # of the distances of what is usual: beyond it lies an outlier
+FEWEST_USUAL = 20  # prompts that a measure of what is usual must come from
 
 
 def repetition(token_ids: Sequence[int]) -> str | None:

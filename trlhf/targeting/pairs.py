@@ -12,9 +12,8 @@ from numpy import ndarray
 from scipy.special import expit
 
 from trlhf.targeting.acquisition import (
+    balanced_target,
     d_optimal_batch,
-    target_factor,
-    target_matrix,
     top_batch,
     v_optimal_batch,
 )
@@ -130,7 +129,8 @@ def pick_pairs(
         if acquisition == "d_optimal":
             batch = d_optimal_batch(queries, omega, model.covariance, costs, groups, count, 1)
         else:
-            target = _target(options, model)
+            value = disagreement(options, model)
+            target = balanced_target(rows, options.prompts, options.counts, value, model.covariance)
             batch = v_optimal_batch(queries, omega, model.covariance, target, costs, groups, count, 1)
         picks, values = batch.picks, list(batch.values)
     elif acquisition in ("max_entropy", "apl"):
@@ -189,12 +189,3 @@ def _thompson(
         two = {int(members[i]) for i in double_thompson_pair(draws[:, members], rng)}
         picks.append(next(n for n in np.flatnonzero(options.prompts[first] == x) if {first[n], second[n]} == two))
     return np.array(picks, int)
-
-
-def _target(options: Options, model: PreferenceModel) -> Float[ndarray, "Q Q"]:
-    """Return T = Σ_x U(x)·T_x/tr(T_xΣ), T_x the mean over pairs of x's samples of (φ_i-φ_j)(φ_i-φ_j)ᵀ."""
-    value = disagreement(options, model)
-    factor = target_factor(options.features, options.prompts, options.counts, np.ones(len(value)))
-    variance = np.bincount(options.prompts, ((factor @ model.covariance) * factor).sum(1), len(value))
-    scale = np.where(variance > 1e-9, value / np.maximum(variance, 1e-9), 0.0)
-    return target_matrix(options.features, options.prompts, options.counts, scale)
