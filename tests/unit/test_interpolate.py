@@ -164,8 +164,10 @@ def test_too_few_prompts_are_said_and_nothing_is_done(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("trlhf"), "propagate", True)
     right_below(monkeypatch, trial, 0.5)
-    assert interpolate(ready(tmp_path, trial, 7)) is None
-    assert "rl.interpolate: skipped, since fewer than 8 held-out prompts were verified" in caplog.text
+    trainer = ready(tmp_path, trial, 7)
+    assert len(trainer.pool) == 7, "they are trained on: nothing else needs them"
+    assert "rl.interpolate: the stage will end without it, since 7 held-out prompts were verified" in caplog.text
+    assert interpolate(trainer) is None
     assert interpolate(ready(tmp_path, trial, 10, interpolate=False)) is None
 
 

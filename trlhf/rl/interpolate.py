@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trlhf.rl.held_out import pass_rates
+from trlhf.rl.held_out import FEWEST_TO_CHOOSE, pass_rates
 from trlhf.rl.round import Round
 from trlhf.roles import Role
 from trlhf.rollout import Sampling, sample_responses
@@ -18,7 +18,6 @@ from trlhf.seeding import torch_generator
 
 log = logging.getLogger("trlhf")
 GRID = (0.25, 0.5, 0.75, 1.0)
-FEWEST = 8  # held-out prompts; fewer choose by chance
 Rates = Mapping[str, float]  # prompt id → share of its samples that are right
 
 
@@ -59,13 +58,7 @@ def interpolate(trainer: Round) -> dict[str, Any] | None:
         there are too few prompts.
     """
     rl, prompts = trainer.config.rl, trainer.held_out
-    if not rl.interpolate:
-        return None
-    if len(prompts) < FEWEST:
-        log.warning(
-            "rl.interpolate: skipped, since fewer than %d held-out prompts were verified before the stage; raise "
-            "reward.labels", FEWEST,
-        )  # fmt: skip
+    if not rl.interpolate or len(prompts) < FEWEST_TO_CHOOSE:  # `Round.held_out` says so when the stage begins
         return None
     policy, reference = trainer.policy, trainer.inputs.roles.reference
     rates: dict[float, Rates] = {}

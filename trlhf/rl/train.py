@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from trlhf.console import progress as progress_bar
 from trlhf.merging import save_model
 from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
+from trlhf.rl.ask_verdicts import idle_stop_rules
 from trlhf.rl.buy import buy_labels
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
@@ -28,6 +30,7 @@ from trlhf.run import StageDirectory
 from trlhf.seeding import python_rng
 
 __all__ = ["RlInputs", "train_rl"]
+log = logging.getLogger("trlhf")
 
 
 def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[str, Any]:
@@ -40,6 +43,10 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
         UserError: no prompt of the pool can be learned from, or an unreadable checkpoint.
     """
     rl = config.rl
+    if idle := idle_stop_rules(config.targeting):
+        log.info(
+            "targeting.stop_rules: %s never acts with acquisition=%s", ", ".join(idle), config.targeting.acquisition
+        )
     policy = inputs.roles.policy
     tokenizer = load_tokenizer(inputs.sft)
     pad_id = int(tokenizer.pad_token_id)
