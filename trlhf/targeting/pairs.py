@@ -43,7 +43,7 @@ class Options(NamedTuple):
     """R distinct responses to P prompts, those of a prompt side by side.
 
     ``features`` [R, Q] as in `trlhf.targeting.preferences.Compared`; ``prompts`` [R]: number of each one's prompt;
-    ``counts`` [R]: how many samples were this response; ``kinds`` [P]. ``asked``: two rows each, compared already, which
+    ``counts`` [R]: how many samples were this response; ``kinds`` [P]. ``asked``: two rows each, compared before, which
     are not asked for again.
     """
 
