@@ -3,7 +3,7 @@
     python benchmarks/label_efficiency.py                        the whole grid: a day or more, can be stopped any time
     python benchmarks/label_efficiency.py --arms full uniform_ppo --seeds 0 1
     python benchmarks/label_efficiency.py --summarise            tables, JSON and picture again, from the cells on disk
-    python benchmarks/label_efficiency.py --begin-with benchmarks/results/label_efficiency.json    only what is not there
+    python benchmarks/label_efficiency.py --begin-with benchmarks/results/label_efficiency.json   only what is not there
     python benchmarks/label_efficiency.py --quick                very small, to see that it works
 
 A cell is one independent rl stage: an arm of label_arms.py, a label budget, a seed. All arms of a seed start from the
