@@ -31,7 +31,8 @@ _BELIEVED = (
     *("rl.kl_coef=0", "rl.anchor_coef=0", "rl.max_kl=null"),
 )
 MODE_ARMS: Mapping[str, Arm] = {
-    **{name: ARMS[name] for name in ("sft", "full", "uniform_ppo", "full_dpo", "scrambled")},
+    **{name: ARMS[name] for name in ("sft", "full", "uniform_ppo", "scrambled")},
+    "dpo": Arm("DPO as it comes", ("rl=dpo", "rl.open_share=0.1")),
     "believed": Arm("the reward model alone, no guard", (*_BELIEVED, "rl.held_out_patience=0")),
     "guarded": Arm("the reward model alone, held-out accuracy watched", (*_BELIEVED, "rl.held_out_patience=2")),
 }
@@ -44,6 +45,7 @@ _LONG = (
 _ASKING = ("rl.rounds=6", "rl.steps_per_round=1")  # many rounds of labels, hardly a step
 WORLDS: Mapping[str, World] = {
     "clean": World(),
+    "with_taste": World(("targeting.preference_share=0.3", "rl.open_share=0.2")),  # the defaults of both
     "junk": World(junk=True),
     **{f"noise_{share}": World((f"labeler.noise=0.{share}",)) for share in (10, 20, 30)},
     "length_biased": World(person=length_biased),
