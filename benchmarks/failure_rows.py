@@ -289,6 +289,6 @@ ROWS: Mapping[str, Row] = {
     ),
     "leaked_labels": Row(
         "labeller calls against ledger rows", "equal, and no answer of the test set read in training",
-        _sites(("clean", ("full",), MANY)), leaks, everywhere=True,
+        _sites(("with_taste", ("full",), MANY)), leaks, everywhere=True,
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from trlhf.files import read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 ROWS = ("leaked_labels", "garbage_outliers")
-RUNS = {"clean/sft-0-0", "clean/full-256-0", "junk/full-64-0", "junk/uniform_ppo-64-0"}
+RUNS = {"clean/sft-0-0", "with_taste/full-256-0", "junk/full-64-0", "junk/uniform_ppo-64-0"}
 
 
 def start(folder: Path, *more: str) -> int:
@@ -39,7 +39,7 @@ def test_every_row_has_a_figure_a_mark_and_a_verdict(results: dict[str, Any]) ->
 
 
 def test_training_reads_answers_through_the_ledger_alone(results: dict[str, Any]) -> None:
-    calls = results["runs"]["clean/full-256-0"]["calls"]
+    calls = results["runs"]["with_taste/full-256-0"]["calls"]
     assert results["rows"]["leaked_labels"]["passed"] is True
     assert calls["labels"] == calls["labeler"] == calls["pool_answers_read"] > 0 == calls["test_answers_read"]
 

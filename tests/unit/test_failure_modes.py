@@ -198,9 +198,9 @@ def test_leaks_are_looked_for_in_the_runs_of_all_rows() -> None:
 
 
 def test_a_row_without_its_runs_is_neither_passed_nor_failed() -> None:
-    row, site = ROWS["mode_collapse"], Site("clean", "full", MANY, 0)
+    row, site = ROWS["mode_collapse"], Site("with_taste", "full", MANY, 0)
     entry = judge(row, [site], {})
-    assert entry["passed"] is None and entry["missing"] == ["clean/full-256-0"]
+    assert entry["passed"] is None and entry["missing"] == ["with_taste/full-256-0"]
     assert "| not run |" in table({"mode_collapse": entry})
     failed = judge(row, [site], {site: record(plans={"reasoning": 0.5, "other": 0.0})})
     assert (
