@@ -41,7 +41,7 @@ def test_every_row_has_a_figure_a_mark_and_a_verdict(results: dict[str, Any]) ->
 def test_training_reads_answers_through_the_ledger_alone(results: dict[str, Any]) -> None:
     calls = results["runs"]["with_taste/full-256-0"]["calls"]
     assert results["rows"]["leaked_labels"]["passed"] is True
-    assert calls["labels"] == calls["labeler"] > calls["pool_answers_read"] > 0 == calls["test_answers_read"]  # some compare
+    assert calls["labels"] == calls["labeler"] > calls["pool_answers_read"] > 0 == calls["test_answers_read"]
 
 
 def test_labels_on_junk_are_counted(results: dict[str, Any]) -> None:
