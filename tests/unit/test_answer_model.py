@@ -9,20 +9,19 @@ import pytest
 from numpy import ndarray
 from scipy.optimize import approx_fprime
 
-from trlhf.targeting import answers as answers_module
+from trlhf.targeting import answer_fit
 from trlhf.targeting.acquisition import query_information
-from trlhf.targeting.answers import (
+from trlhf.targeting.answer_fit import (
     DEFAULT_SPREAD,
     NONE_SD,
     SHARE_SD,
     SHARE_SLOPE,
-    Answers,
-    Whitening,
     fit_answers,
-    label_likelihood,
     left_out_log_likelihood,
 )
+from trlhf.targeting.answers import Answers, label_likelihood
 from trlhf.targeting.noise import RATES, flip_rate_from
+from trlhf.targeting.whitening import Whitening
 
 
 def unlabelled(seed: int, prompts: int = 12, size: int = 5) -> Answers:
@@ -64,7 +63,7 @@ def _maximise_from(answers: Answers, spread: float, start: ndarray) -> ndarray:
     mean = np.array([0, SHARE_SLOPE, *np.zeros(size)])
     labelled = np.isin(answers.groups(), list(VERDICTS))
     groups = np.unique(answers.groups()[labelled], return_inverse=True)[1]
-    return answers_module._maximise(
+    return answer_fit._maximise(
         answers.design()[labelled], groups, answers.likelihoods()[labelled], mean, 1 / sd**2, 0.1 * start
     )
 

@@ -11,15 +11,11 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.special import expit
 
-from trlhf.targeting.acquisition import (
-    balanced_target,
-    d_optimal_batch,
-    top_batch,
-    v_optimal_batch,
-)
+from trlhf.targeting.acquisition import d_optimal_batch, top_batch, v_optimal_batch
 from trlhf.targeting.baselines import apl_scores, double_thompson_pair, max_entropy_scores
 from trlhf.targeting.choose import Candidate
 from trlhf.targeting.preferences import PreferenceModel
+from trlhf.targeting.targets import balanced_target
 from trlhf.types import Question
 
 DRAWS = 64
