@@ -19,7 +19,7 @@ from trlhf.targeting.answer_fit import (
     fit_answers,
     left_out_log_likelihood,
 )
-from trlhf.targeting.answers import Answers, label_likelihood
+from trlhf.targeting.answers import AnswerModel, Answers, label_likelihood
 from trlhf.targeting.noise import RATES, flip_rate_from
 from trlhf.targeting.whitening import Whitening
 
@@ -149,7 +149,7 @@ def test_the_posterior_covariance_is_that_of_a_verdict_a_prompt(flip_rate: float
 
 def test_draws_have_the_posterior_s_mean_and_covariance() -> None:
     answers = Answers(np.eye(2), np.full(2, 1e-9), np.arange(2), np.ones(2), np.ones(2))  # one answer a prompt
-    model = answers_module.AnswerModel(
+    model = AnswerModel(
         np.array([0.0, 0.0, 1.0, -1.0]),
         np.diag([0, 0, 1.0, 1.0]) + 0.8 * (np.eye(4)[[0, 1, 3, 2]] * [0, 0, 1, 1]),
         3.0,
