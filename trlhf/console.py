@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
@@ -91,9 +92,9 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
-def record(message: str) -> None:
+def record(message: str, level: int = logging.ERROR) -> None:
     """Write a line to the log file only; the user has been told already."""
-    entry = logger.makeRecord("trlhf", logging.ERROR, "", 0, message, (), None)
+    entry = logger.makeRecord("trlhf", level, "", 0, message, (), None)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(entry)
@@ -115,13 +116,16 @@ def progress(description: str, total: int) -> Iterator[Advance]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-    """Print a table; all columns but the first are aligned to the right, and cells wrap where it is too narrow."""
+    """Print a table, also into the log file; columns but the first are aligned to the right, and long cells wrap."""
     table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     CONSOLE.print(table)
+    written = Console(file=StringIO(), width=120)
+    written.print(table)
+    record("\n" + written.file.getvalue().rstrip(), logging.INFO)  # type: ignore[attr-defined]
 
 
 def _bar(description: str, total: int) -> Iterator[Advance]:

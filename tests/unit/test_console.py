@@ -111,6 +111,14 @@ SUMMARY = {
 
 
 @pytest.mark.parametrize("width", [80, 60])
+def test_a_table_stands_in_the_log_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup_logging(tmp_path)
+    console.print_table("accuracy", ["stage", "value"], [["sft", "55.7%"], ["rl", "83.7%"]], "greedy")
+    written = (tmp_path / "trlhf.log").read_text(encoding="utf-8")
+    assert [word for word in ("accuracy", "55.7%", "83.7%", "greedy") if word not in written] == []
+    assert "\x1b" not in written and capsys.readouterr().out.count("83.7%") == 1
+
+
 def test_the_closing_table_shows_every_number_in_a_narrow_terminal(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
