@@ -7,6 +7,7 @@ from typing import Any
 
 import failure_modes
 import pytest
+from failure_cells import Site, prepare, run_site
 
 from trlhf.files import read_json
 
@@ -70,3 +71,11 @@ def test_rows_whose_runs_are_missing_are_told(folder: Path, tmp_path: Path) -> N
 def test_other_overrides_are_not_mixed_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(folder, "--", "rl.learning_rate=1e-3") == 2
     assert "was made with other overrides; give another --folder" in capsys.readouterr().err
+
+
+def test_accuracy_is_measured_at_every_checkpoint(folder: Path) -> None:
+    site = Site("all_at_once", "believed", 24, 0)
+    prepare(folder, site, failure_modes.SMALL, "test")
+    curve = run_site(folder, site, failure_modes.SMALL, "test")["curve"]
+    assert [point["step"] for point in curve] == [2] and len(curve[0]["correct"]) == 9
+    assert not list((folder / "worlds/all_at_once").rglob("state.pt")), "they are deleted afterwards"
