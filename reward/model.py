@@ -18,6 +18,7 @@ from trlhf.config import ModelConfig
 from trlhf.errors import UserError
 from trlhf.merging import save_model
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
+from trlhf.recompute import recomputing
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, fork_layers, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.roles import REWARD_ADAPTER, Role, load_sft
@@ -102,7 +103,7 @@ class RewardModel(nn.Module):
 
     def pooled(self, batch: Batch) -> Pooled:
         """Run the backbone over a batch and pool its hidden states; gradients flow."""
-        with self.role.acting() as backbone:
+        with self.role.acting() as backbone, recomputing(self.role.model):
             output = backbone.base_model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask.long(),

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from trlhf import files, preemption
 from trlhf.console import quiet_libraries
 from trlhf.errors import UserError
 from trlhf.merging import save_model
-from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
+from trlhf.models import attention_of, choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
@@ -160,7 +161,7 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
     rows_per_step = max(1, round(sft.batch_size / per_row / processes))  # of this process
     rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
     on_gpu = choose_device(config) == "cuda"
-    return TrlConfig(
+    arguments = TrlConfig(
         output_dir=str(output),
         per_device_train_batch_size=rows_per_pass,
         gradient_accumulation_steps=max(1, round(rows_per_step / rows_per_pass)),
@@ -177,7 +178,8 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         bf16=config.model.dtype == "bfloat16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        activation_checkpointing=on_gpu,
+        activation_checkpointing=config.model.gradient_checkpointing,
+        use_liger_kernel=uses_liger(sft.kernels, on_gpu),
         packing=sft.packing,
         packing_strategy="bfd",
         max_length=config.model.max_length,
@@ -190,11 +192,19 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one card: TRL refuses what transformers makes of several
+    return arguments
+
+
+def uses_liger(kernels: str, on_gpu: bool) -> bool:
+    """Say whether ``sft.kernels`` means Liger's; ``auto`` takes them where they are installed and there is a GPU."""
+    return kernels == "liger" or (kernels == "auto" and on_gpu and find_spec("liger_kernel") is not None)
 
 
 def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     full = not config.model.lora.enabled
     loaded = dataclasses.replace(config.model, dtype="float32") if full else config.model
+    loaded = dataclasses.replace(loaded, attention=attention_of(loaded, choose_device(config)))
     quantized = config.model.quantization != "none"
     device = choose_device(config) if quantized else "cpu"  # the trainer moves it, unless it is quantised
     model = load_causal_lm(model_path(config.model.name), loaded, device, quantized=quantized)

@@ -6,11 +6,11 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trlhf.config import LABEL_RULES, UPDATE_RULES
+from trlhf.hardware_checks import hardware_problems
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
@@ -28,6 +28,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _run(config)
     yield from _batches(config)
     yield from _model(config)
+    yield from hardware_problems(config)
     yield from _data(config)
     yield from _labels(config)
     yield from _rl(config)
@@ -101,11 +102,6 @@ def _model(config: Config) -> Iterator[Problem]:
             ("model.name", "model.revision"),
             f"model.revision={model.revision} is for hub models, but model.name=micro is embedded; leave it out",
         )
-    if model.attention == "flash_attention_2" and config.hardware.device == "cpu":
-        yield Problem(
-            ("model.attention", "hardware.device"),
-            "model.attention=flash_attention_2 needs a GPU, but hardware.device=cpu; use model.attention=sdpa",
-        )
     if model.lora.enabled and not model.lora.target_modules:
         yield Problem(
             ("model.lora.target_modules",),
@@ -116,12 +112,6 @@ def _model(config: Config) -> Iterator[Problem]:
             ("model.quantization", "model.lora.enabled"),
             f"model.quantization={model.quantization} keeps a base that cannot learn, but model.lora.enabled=false "
             "would train it; add model.lora.enabled=true",
-        )
-    if model.quantization != "none" and find_spec("bitsandbytes") is None:
-        yield Problem(
-            ("model.quantization",),
-            f"model.quantization={model.quantization} needs the package bitsandbytes, which is not installed; "
-            "pip install 'trlhf[quantized]', or use model.quantization=none",
         )
     if model.lora.enabled and config.reward.finetune == "full":
         yield Problem(

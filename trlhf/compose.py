@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trlhf.config import Config, build_config, plain
 from trlhf.errors import ConfigError, UserError
+from trlhf.hardware import look
 from trlhf.schema import show
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
@@ -79,6 +80,10 @@ def compose(overrides: Sequence[str], *, multirun: bool = False, config_dir: str
             if texts:  # without any, there is a problem on the list
                 choices.append(texts)
                 accepted.append(_normal(override, grouped))
+        if machine := _machine(choices, accepted, extra):
+            choices = [[text for text in texts if text != "hardware=auto"] for texts in choices]
+            choices = [texts for texts in choices if texts] + [[text] for text in machine]
+            accepted = [text for text in accepted if text != "hardware=auto"] + machine
         configs: list[Config] = []
         for job in itertools.islice(itertools.product(*choices), CHECKED_AT_MOST):
             values = _values([*extra, *job], problems)
@@ -132,11 +137,13 @@ def _group_texts(override: Override, known: list[str], problems: list[str]) -> I
         if isinstance(value, str) and value in known:
             yield f"{override.get_key_element().lstrip('+')}={value}"
             continue
-        near = difflib.get_close_matches(str(value), known, n=1)
+        near = difflib.get_close_matches(str(value), known, n=1) if group != "hardware" else []  # gpu is near to cpu
         if value is None:
             remedy = f"choose one, or write ~{group} to do without"
         elif near:
             remedy = f"did you mean {near[0]}?"
+        elif group == "hardware":
+            remedy = "choose by the memory of your card, or leave hardware out: the machine is looked at"
         elif group in ("model", "template"):
             remedy = f"choose one, or give a name or path of your own as {group}.name={value}"
         else:
@@ -162,6 +169,22 @@ def _normal(override: Override, grouped: bool) -> str:
     if override.is_delete() or override.is_hydra_override():
         return line
     return line.lstrip("+") if grouped else f"++{line.lstrip('+')}"
+
+
+def _machine(choices: Sequence[Sequence[str]], accepted: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Return the overrides that choose the hardware, where neither the command line nor an experiment has chosen it."""
+    if any(text.lstrip("~").partition("=")[0] == "hardware" and text != "hardware=auto" for text in accepted):
+        return []
+    given = {text.lstrip("+").partition("=")[0]: text.partition("=")[2] for text in accepted}
+    hardware: Any = {"name": "auto", "device": given.get("hardware.device", "auto")}
+    if "experiment" in given or extra:  # which may choose it: only composing tells
+        hardware = _values([*extra, *(texts[0] for texts in choices)], []).get("hardware")
+    if not isinstance(hardware, dict) or hardware.get("name") != "auto" or "hardware.name" in given:
+        return []
+    name = "cpu" if hardware.get("device") == "cpu" else look().name
+    if name == "auto" or (name == "cpu" and hardware.get("device") == "cuda"):
+        return []
+    return [f"hardware={name}", "++hardware.automatic=true"]
 
 
 def _values(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:

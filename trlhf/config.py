@@ -27,6 +27,7 @@ Acquisition = Literal[
 ]
 UPDATE_RULES = ("outliers_doubled", "longer_without_accuracy", "frontier_used_up", "anchors_fell")
 LABEL_RULES = ("labels_buy_too_little", "held_out_gain_covers_zero")  # both are functions of trlhf.targeting.stopping
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 PairAcquisition = Literal["uniform", "double_thompson", "v_optimal", "d_optimal", "max_entropy", "apl"]
 MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -58,7 +59,12 @@ class ModelConfig:
     revision: str | None = None  # hub revision (commit, tag or branch)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
     quantization: Literal["none", "nf4"] = "none"  # of a base under adapters (https://arxiv.org/abs/2305.14314)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
+        "sdpa"  # see trlhf.attention
+    )
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass (https://arxiv.org/abs/1604.06174)
+    )
     max_length: int = setting(1024, low=16)  # tokens of prompt and response together
     pad_token: str | None = None  # token to pad with when the tokenizer names none; never EOS
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -99,6 +105,7 @@ class SftConfig:
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float = setting(1.0, above=0)
     packing: bool = False  # several demonstrations in one row
+    kernels: Literal["torch", "liger", "auto"] = "torch"  # of norms, rotations and gates; auto: Liger's where they are
     max_prompts: int = setting(5000, low=1)  # a warning above it: Cerebrum's card promises fewer
     save_steps: int = setting(50, low=1)  # steps between checkpoints
     save_total_limit: int = setting(2, low=2, remedy="one is being written while another holds")  # checkpoints kept
@@ -227,9 +234,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What it runs on."""
+    """What it runs on. Choose with ``hardware=NAME``, which sets all that follows; ``docs/hardware.md`` says what."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: Literal["auto", "cpu", "gpu-24gb", "gpu-80gb", "multi-gpu"] = "auto"  # of the YAML file; auto: none was taken
+    automatic: bool = False  # whether the machine was looked at, since nobody chose
+    memory: float | None = setting(None, above=0)  # GiB of one card, or of the machine; null: look
     threads: int = setting(0, low=0)  # of torch on the CPU; 0: torch's default
 
 

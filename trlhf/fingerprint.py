@@ -29,6 +29,7 @@ ONE_DRAW = {"gsm8k": ("seed", "data.sft_prompts", "data.pool_prompts", "data.tes
 # How much is done at a time, and how often the state is saved: free to change, after running out of memory, say.
 FREE = (
     *("sft.microbatch_size", "reward.microbatch_size", "rl.microbatch_size", "evaluation.batch_size"),
+    "model.gradient_checkpointing",
     *("sft.save_steps", "rl.save_steps", "sft.save_total_limit", "rl.save_total_limit"),
 )
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trlhf.masks import mask_from_lengths
+from trlhf.recompute import recomputing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,9 +118,10 @@ def response_hidden(backbone: PreTrainedModel, batch: SequenceBatch) -> Float[Te
     if mask.dim() == 4:  # additive, as every attention implementation that takes it understands
         lowest = torch.finfo(backbone.dtype).min
         mask = torch.zeros(mask.shape, dtype=backbone.dtype, device=mask.device).masked_fill(~mask, lowest)
-    hidden: Tensor = backbone(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
+    with recomputing(backbone):
+        hidden: Tensor = backbone(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
     return hidden.flatten(0, 1)[batch.sources]
 
 

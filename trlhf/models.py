@@ -15,11 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trlhf.attention import choose_attention
 from trlhf.errors import UserError
 from trlhf.types import Message
 
 if TYPE_CHECKING:
-    from trlhf.config import Config, ModelConfig
+    from trlhf.config import Attention, Config, ModelConfig
 
 MICRO_BASE = Path(__file__).parent / "micro" / "base"
 
@@ -86,7 +87,7 @@ def load_causal_lm(
 
     Args:
         path: folder or hub name.
-        config: type, attention and revision.
+        config: type, attention, gradient checkpointing and revision.
         device: where.
         quantized: quantise its linear layers as ``config.quantization`` says; they compute in ``config.dtype``.
 
@@ -100,7 +101,7 @@ def load_causal_lm(
             str(path),
             revision=revision,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=attention_of(config, device),
             use_safetensors=True,
             trust_remote_code=False,
             **quantization,
@@ -114,7 +115,15 @@ def load_causal_lm(
     for module in model.modules():  # else bitsandbytes repacks the weights for good where it first evaluates
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()  # its word for it; see trlhf.recompute for when it takes place
     return cast("PreTrainedModel", model if quantized else model.to(device))
+
+
+def attention_of(config: ModelConfig, device: str) -> Attention:
+    """Return the attention that a model computes with once it is on ``device``."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return choose_attention(config.attention, config.dtype, device, capability)
 
 
 def _nf4(config: ModelConfig) -> BitsAndBytesConfig:

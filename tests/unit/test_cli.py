@@ -22,6 +22,7 @@ STAGES = ["all", "sft", "reward", "rl", "eval"]
 NEEDS = {
     "data=gsm8k": ["data.path=openai/gsm8k"],
     "data=file": ["data.sft=me/chats", "data.pool=me/prompts", "data.test=me/test"],
+    "fit=gpu-24gb_mistral-7b": ["model=mistral-7b"],
 }
 CHOICES = sorted(
     f"{folder.name}={path.stem}"
@@ -89,7 +90,8 @@ def test_every_choice_composes_in_every_stage(choice: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_composes(stage: str) -> None:
-    assert one(f"stage={stage}") == build_config({"stage": stage})  # conf/ adds nothing to the defaults of config.py
+    values = {"stage": stage, "hardware": {"name": "cpu", "device": "cpu"}}
+    assert one(f"stage={stage}", "hardware=cpu") == build_config(values)  # conf/ adds nothing else to config.py
 
 
 def test_the_choices_are_all_there() -> None:
