@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from trlhf.chats import MalformedRow, chat_from_row
@@ -9,6 +10,8 @@ from trlhf.data import no_usable_row
 from trlhf.rows import Row
 from trlhf.sft.chain_of_thought import is_worked_solution, native_chain_of_thought
 from trlhf.types import Demonstration, Message, RowReport
+
+_TURN_NUMBER = re.compile(r" turn \d+$")  # after a row's place, where the row has several responses
 
 
 def demonstrations_from_rows(
@@ -40,7 +43,7 @@ def demonstrations_from_rows(
 
 
 def _unroll(row: Row, kind: str) -> list[Demonstration]:
-    chat = [_native(message) for message in chat_from_row(row.data)]
+    chat = [native(message) for message in chat_from_row(row.data)]
     ends = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
     if not ends:
         raise MalformedRow("no response to learn from (no assistant turn, completion, chosen, output or answer)")
@@ -54,7 +57,13 @@ def _unroll(row: Row, kind: str) -> list[Demonstration]:
     ]
 
 
-def _native(message: Message) -> Message:
+def row_of(demonstration: Demonstration) -> str:
+    """Return the place of the row that a demonstration came from, which it may share with others."""
+    return _TURN_NUMBER.sub("", demonstration.source)
+
+
+def native(message: Message) -> Message:
+    """Return a turn with its worked solution, if it is one, as native chain of thought."""
     if message["role"] == "assistant" and is_worked_solution(message["content"]):
         return {"role": "assistant", "content": native_chain_of_thought(message["content"])}
     return message

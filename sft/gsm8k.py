@@ -60,7 +60,7 @@ def gsm8k_splits(
     Raises:
         UserError: a file is missing or malformed, or one part would be left without a question.
     """
-    train, test = _read(path, "train"), _read(path, "test")
+    train, test = read_split(path, "train"), read_split(path, "test")
     randomness = random.Random(f"gsm8k splits {seed}")
     evaluated = _sample(test, test_prompts or len(test), randomness)
     known = {_key(row.data) for row in test}
@@ -111,7 +111,12 @@ def marked_solutions(folder: Path, taken: set[str]) -> tuple[list[LabelledRespon
     return labelled, report
 
 
-def _read(path: str | Path, split: str) -> list[Row]:
+def read_split(path: str | Path, split: str) -> list[Row]:
+    """Return the rows of ``train`` or ``test``, from a folder or the hub.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
     folder, name = Path(path).expanduser(), f"{split}.jsonl"
     if not folder.is_dir() and not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1:
         return read_rows(path if ":" in str(path) else f"{path}:{CONFIGURATION}", split)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trlhf import files
 from trlhf.errors import UserError
 from trlhf.fingerprint import differences, fingerprint
-from trlhf.run import BEGUN, STAGES, RunDirectory, StageDirectory, planned
+from trlhf.run import BEGUN, FOLDERS, RunDirectory, StageDirectory, planned
 
 if TYPE_CHECKING:
     from trlhf.config import Config
@@ -70,7 +70,7 @@ def _admit(run: RunDirectory, config: Config) -> None:
     from trlhf.config import plain
 
     values = plain(config)
-    changes = [problem for name in STAGES for problem in _changed(run.stage(name), name, planned(config), values)]
+    changes = [problem for name in FOLDERS for problem in _changed(run.stage(name), name, planned(config), values)]
     if changes:
         raise UserError(
             f"run.dir={run.path} holds results of other values:\n"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
+OWN_TEST = "test"  # in check.against: the run's own held-out prompts
 SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
 
@@ -30,6 +31,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _model(config)
     yield from hardware_problems(config)
     yield from _data(config)
+    yield from _contamination(config)
     yield from _labels(config)
     yield from _rl(config)
     yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
@@ -153,7 +155,7 @@ def _data(config: Config) -> Iterator[Problem]:
             + (" or use data.sft, data.pool and data.test" if data.name == "file" else " or leave data.path out"),
         )
     needed = {"all": ("sft", "pool", "test"), "sft": ("sft",), "reward": ("pool",), "rl": ("pool",), "eval": ("test",)}
-    for key in needed[stage] if data.name == "file" else ():
+    for key in needed.get(stage, ()) if data.name == "file" else ():
         if files[key] is None:
             yield Problem(
                 ("data.name", f"data.{key}"),
@@ -173,6 +175,33 @@ def _data(config: Config) -> Iterator[Problem]:
                 (f"data.{key}",),
                 f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
                 "correct the path",
+            )
+
+
+def _contamination(config: Config) -> Iterator[Problem]:
+    """What is compared with what, in ``stage=check`` or before the stages that learn."""
+    data, against = config.data, config.check.against
+    asked = "stage=check" if config.stage == "check" else "data.decontaminate=true"
+    if config.stage != "check" and not data.decontaminate:
+        return
+    if data.name == "file" and data.sft is None and data.pool is None and data.labels is None:
+        yield Problem(
+            ("data.name", "data.sft", "data.pool", "data.labels"),
+            f"data.sft, data.pool and data.labels are missing, but {asked} compares the training data of "
+            "data.name=file; give at least one of them",
+        )
+    if data.name == "file" and data.test is None and OWN_TEST in (against or [OWN_TEST]):
+        yield Problem(
+            ("data.name", "data.test", "check.against"),
+            f"data.test is missing, but {asked} compares the training data with it; give data.test=FILE, or "
+            "check.against=[FILE,…] without 'test'",
+        )
+    for name in against:
+        if name != OWN_TEST and not _found(name, HUB_DATA):
+            yield Problem(
+                ("check.against",),
+                f"check.against=[{','.join(against)}]: {name} does not exist (seen from {Path.cwd()}), and is neither "
+                "'test' (the run's own test set) nor a hub name like owner/name; correct the path",
             )
 
 

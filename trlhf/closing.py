@@ -20,6 +20,8 @@ def news_of(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         stage: its name.
         metrics: content of its ``metrics.json``.
     """
+    if stage == "check":
+        return {"contamination": metrics}
     if stage == "sft":
         return {"demonstrations": metrics["demonstrations"]}
     if stage == "reward":

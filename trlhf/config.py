@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trlhf.errors import ConfigError
 from trlhf.schema import build, setting
 
-Stage = Literal["all", "sft", "reward", "rl", "eval"]
+Stage = Literal["all", "check", "sft", "reward", "rl", "eval"]
 Acquisition = Literal[
     "uniform",
     "frontier",
@@ -83,6 +83,16 @@ class DataConfig:
     sft_prompts: int = setting(600, low=0)  # at most so many demonstrations; 0: all
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
+    decontaminate: bool = False  # check first, and leave out the training rows that stage=check lists
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Training data against evaluation sets. ``docs/contamination.md`` says what is compared with what."""
+
+    against: list[str] = setting([])  # files, folders, hub names; "test": the run's own test set; none: that one alone
+    ngram: int = setting(13, low=0)  # words; 0: no n-grams. https://arxiv.org/abs/2005.14165, appendix C
+    overlap: float = setting(0.7, above=0, high=1)  # of an item's n-grams in one row; https://arxiv.org/abs/2204.02311
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from trlhf.config import Config
 
 # Keys (or whole groups) that the result of each stage, in order, depends on.
-_SAMPLING = ("seed", "model", "data.name", "data.path", "data.pool", "data.pool_prompts", "data.labels", "template")
+_SAMPLING = (
+    *("seed", "model", "data.name", "data.path", "data.pool", "data.pool_prompts", "data.labels", "template"),
+    "data.decontaminate",
+)
 _BASE = ("model.name", "model.revision", "data.name", "data.path", "template")
 _EVAL_MODEL = ("model.dtype", "model.max_length", "model.pad_token")
 RELEVANT = {
-    "sft": ("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "template", "sft"),
+    "check": ("seed", "data", "check", "reward.max_labelled"),
+    "sft": (
+        *("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "data.decontaminate"),
+        *("template", "sft"),
+    ),
     "reward": (
         *(*_SAMPLING, "reward", "labeler"),
         *("rl.temperature", "rl.max_new_tokens", "rl.rollout_batch_size"),  # how it samples: a batch shares its draws
@@ -74,6 +81,8 @@ def _shared(stage: str, running: str) -> tuple[str, ...]:
     """Return the keys in which the results of one stage must agree with the run of another (or the same)."""
     if stage == running:
         return RELEVANT[stage]
+    if "check" in (stage, running):  # whose results count only for runs that look at them, and so check themselves
+        return ()
     if "eval" in (stage, running):
         return _BASE if running == "eval" else ()
     return RELEVANT[min(stage, running, key=list(RELEVANT).index)]

@@ -8,6 +8,7 @@ import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
-from trlhf.run import RunDirectory, RunResult, planned
+from trlhf.run import CHECK, RunDirectory, RunResult, planned
 from trlhf.types import Label, RowReport
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from trlhf.tasks import Task
 
 log = logging.getLogger("trlhf")
+Work = Callable[[Config, RunDirectory, Any], None]  # Any: the task
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "hydra-core", "scipy")
 
 
@@ -42,29 +44,59 @@ def run_pipeline(config: Config) -> RunResult:
         return RunResult(Path(), {})
     with watch(), open_run(config) as run:
         setup_logging(run.path)
-        _prepare_torch(config)
-        announce_memory(config, _free_memory(config))
-        from trlhf.tasks import load_task
-
-        task = load_task(config)
-        _tell(task.reports)
-        if todo := [name for name in planned(config) if not _up_to_date(run, name)]:
-            task = _fit(config, run, task, todo)
         run.update_summary({"seed": config.seed, "versions": _versions()})
-        stages: dict[str, Callable[..., None]] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
-        for name in planned(config):
-            complete = _up_to_date(run, name)
-            log.info("stage %s is complete already" if complete else "stage %s", name)
-            if complete and not run.interrupted(name):
-                continue
-            with run.clock(name):
-                if not complete:
-                    stages[name](config, run, task)
-                    _let_go()
-                run.stage(name).tidy()
-                run.update_summary(news_of(name, run.stage(name).metrics()))
+        names = [name for name in planned(config) if name != CHECK]
+        if CHECK in planned(config):
+            _perform(CHECK, _check, config, run, None)
+        if names:
+            _learn(config, run, names)
         _close(config, run)
         return RunResult(run.path, run.summary())
+
+
+def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
+    """Run the stages that load models, on one task."""
+    _prepare_torch(config)
+    announce_memory(config, _free_memory(config))
+    from trlhf.tasks import load_task
+
+    task = load_task(config)
+    _tell(task.reports)
+    if CHECK in planned(config):
+        from trlhf.contamination.check import without_offending
+
+        task = without_offending(task, run.stage(CHECK))
+        _tell(task.reports)
+    if todo := [name for name in names if not _up_to_date(run, name)]:
+        task = _fit(config, run, task, todo)
+    stages: dict[str, Work] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
+    for name in names:
+        _perform(name, stages[name], config, run, task)
+        _let_go()
+
+
+def _perform(name: str, work: Work, config: Config, run: RunDirectory, task: Task | None) -> None:
+    """Do a stage's work unless it is complete, and put its news into the summary."""
+    complete = _up_to_date(run, name)
+    log.info("stage %s is complete already" if complete else "stage %s", name)
+    if complete and not run.interrupted(name):
+        return
+    with run.clock(name):
+        if not complete:
+            work(config, run, task)
+        run.stage(name).tidy()
+        run.update_summary(news_of(name, run.stage(name).metrics()))
+
+
+def _check(config: Config, run: RunDirectory, _: None) -> None:
+    """Compare everything that any stage would train on with the evaluation sets."""
+    from trlhf.contamination.check import run_check
+    from trlhf.tasks import load_task
+
+    task = load_task(replace(config, stage="all"))
+    if config.stage == CHECK:  # else the stages that follow tell
+        _tell(task.reports)
+    run_check(config, task, run.stage(CHECK))
 
 
 def _prepare_torch(config: Config) -> None:
@@ -260,6 +292,10 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
 def _close(config: Config, run: RunDirectory) -> None:
     """Print what was reached: accuracy by stage with intervals, the paired tests, labels and time."""
     summary = run.summary()
+    if CHECK in planned(config):
+        from trlhf.contamination.check import print_check
+
+        print_check(run.stage(CHECK).metrics(), run.stage(CHECK).path)
     if "accuracy" in summary:
         print_closing_table(summary, config.evaluation.confidence)
     labels = summary.get("labels")

@@ -134,7 +134,7 @@ def memory_estimate(config: Config, shape: Shape) -> dict[str, dict[str, float]]
         },
         "eval": {"weights": weights, "KV cache": float(config.evaluation.batch_size * length * kv)},
     }
-    return {name: estimate[name] for name in planned(config)}
+    return {name: estimate[name] for name in planned(config) if name in estimate}  # others load no model
 
 
 def print_plan(config: Config) -> None:
@@ -160,6 +160,9 @@ def print_plan(config: Config) -> None:
         CONSOLE.print(f"  memory: not estimated, the sizes of {config.model.name} are not known here", highlight=False)
         return
     estimate = memory_estimate(config, shape)
+    if not estimate:
+        CONSOLE.print("  memory: no model is loaded", highlight=False)
+        return
     roles = list(dict.fromkeys(role for parts in estimate.values() for role in parts))
     rows = [
         [name, *(f"{parts.get(role, 0) / GIB:.2f}" for role in roles), f"{sum(parts.values()) / GIB:.2f}"]

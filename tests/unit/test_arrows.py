@@ -17,6 +17,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pand
 NO_TORCH = (
     *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
     *("preemption", "closing", "hardware", "hardware_checks", "attention"),
+    *("contamination.grams", "contamination.near", "contamination.ngrams", "contamination.compare"),
 )
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")

@@ -18,7 +18,7 @@ from trlhf.config import Config, build_config, plain
 from trlhf.errors import ConfigError, UserError
 
 CONF = Path(trlhf.__file__).parent / "conf"
-STAGES = ["all", "sft", "reward", "rl", "eval"]
+STAGES = ["all", "check", "sft", "reward", "rl", "eval"]
 NEEDS = {
     "data=gsm8k": ["data.path=openai/gsm8k"],
     "data=file": ["data.sft=me/chats", "data.pool=me/prompts", "data.test=me/test"],

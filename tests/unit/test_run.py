@@ -182,7 +182,7 @@ def test_summary_merges_group_by_group(tmp_path: Path) -> None:
 
 
 def test_stage_names_are_known() -> None:
-    with pytest.raises(ValueError, match="none of sft, reward, rl, eval"):
+    with pytest.raises(ValueError, match="none of check, sft, reward, rl, eval"):
         RunDirectory("x").stage("train")
 
 
