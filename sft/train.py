@@ -21,14 +21,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trlhf import files, preemption
 from trlhf.console import quiet_libraries
+from trlhf.embeddings import make_room, rows_by_layer
 from trlhf.errors import UserError
 from trlhf.merging import save_model
-from trlhf.models import attention_of, choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
+from trlhf.models import attention_of, choose_device, load_causal_lm, lora_config, model_path
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
 from trlhf.sft.report import AllStepsDone, StageCallback
-from trlhf.sft.templates import apply_template
+from trlhf.sft.templates import base_tokenizer
 from trlhf.types import Demonstration, RowReport
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
             is not finite, or a full disk.
     """
     quiet_libraries()
-    tokenizer = _tokenizer(config)
+    tokenizer = base_tokenizer(config)
+    tokenizer.padding_side = "right"
     encoded, report = _encode(demonstrations, tokenizer, config)
     _write_samples(demonstrations, tokenizer, stage)
 
@@ -89,13 +91,6 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
     return metrics
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    model = config.model
-    tokenizer = load_tokenizer(model_path(model.name), pad_token=model.pad_token, revision=model.revision)
-    tokenizer.padding_side = "right"
-    return apply_template(tokenizer, config.template)
-
-
 def _encode(
     demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> tuple[list[EncodedDemonstration], RowReport]:
@@ -105,7 +100,7 @@ def _encode(
             len(demonstrations),
             config.sft.max_prompts,
         )
-    encoded, report = encode_demonstrations(tokenizer, demonstrations, config.model.max_length)
+    encoded, report = encode_demonstrations(tokenizer, demonstrations, config.model.max_length, config.sft.multi_turn)
     check_encoded(encoded, int(tokenizer.eos_token_id))
     _log.info(report.describe())
     return encoded, report
@@ -138,16 +133,20 @@ def _trainer(
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
     transformers.set_seed(config.seed)
+    base, new_tokens = _load_base(config, tokenizer)
     trainer = SFTTrainer(
-        model=_load_base(config, tokenizer),
+        model=base,
         args=_arguments(config, output, demonstrations / len(dataset)),
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=lora_config(config.model) if config.model.lora.enabled else None,
+        peft_config=lora_config(config.model, rows_by_layer(base, new_tokens)) if config.model.lora.enabled else None,
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     model: Any = trainer.model
+    for module in model.modules():
+        if type(module).__name__ == "TrainableTokensWrapper":
+            module.bias = None  # TRL asks the head for it; the wrapper knows only `weight`
     for parameter in model.parameters():
         if parameter.requires_grad:  # TRL makes adapters of a quantised base bfloat16, where small steps vanish
             parameter.data = parameter.data.float()
@@ -201,17 +200,19 @@ def uses_liger(kernels: str, on_gpu: bool) -> bool:
     return kernels == "liger" or (kernels == "auto" and on_gpu and find_spec("liger_kernel") is not None)
 
 
-def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, list[int]]:
+    """Return the base, with room for every token of the tokenizer, and the ids of the tokens it had no row for."""
     full = not config.model.lora.enabled
     loaded = dataclasses.replace(config.model, dtype="float32") if full else config.model
     loaded = dataclasses.replace(loaded, attention=attention_of(loaded, choose_device(config)))
     quantized = config.model.quantization != "none"
     device = choose_device(config) if quantized else "cpu"  # the trainer moves it, unless it is quantised
     model = load_causal_lm(model_path(config.model.name), loaded, device, quantized=quantized)
+    new_tokens = make_room(model, tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.config.update(ids)
     model.generation_config = GenerationConfig(do_sample=False, **ids)
-    return model
+    return model, new_tokens
 
 
 def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback: StageCallback) -> None:

@@ -21,6 +21,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
 OWN_TEST = "test"  # in check.against: the run's own held-out prompts
 SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
+TEMPLATES = Path(__file__).parent / "sft" / "chat_templates"
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
 
 
@@ -30,6 +31,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _batches(config)
     yield from _model(config)
     yield from hardware_problems(config)
+    yield from _template(config)
     yield from _data(config)
     yield from _contamination(config)
     yield from _labels(config)
@@ -131,11 +133,25 @@ def _model(config: Config) -> Iterator[Problem]:
                 f"{key}={tokens} must be smaller than model.max_length={model.max_length}, which holds the prompt too; "
                 f"try {model.max_length // 2}",
             )
-    name = config.template.name
-    if name not in ("cerebrum", "chatml", "tokenizer") and not (name.endswith(".jinja") and Path(name).is_file()):
+
+
+def _template(config: Config) -> Iterator[Problem]:
+    template = config.template
+    name, known = template.name, [*sorted(path.stem for path in TEMPLATES.glob("*.jinja")), "tokenizer"]
+    if name not in known and not (name.endswith(".jinja") and Path(name).is_file()):
+        near = difflib.get_close_matches(name, known, n=1)
         yield Problem(
             ("template.name",),
-            f"template.name={name} is neither cerebrum, chatml, tokenizer, nor a .jinja file that exists; give one",
+            f"template.name={name} is neither {', '.join(known)}, nor a .jinja file that exists; "
+            + (f"did you mean {near[0]}?" if near else "give one"),
+        )
+    if template.added_tokens and config.model.quantization != "none":
+        yield Problem(
+            ("template.added_tokens", "model.quantization"),
+            f"template.added_tokens=[{','.join(template.added_tokens)}] are rows that must be learned and kept, but "
+            f"model.quantization={config.model.quantization} loads the base without them in every stage; use "
+            "model.quantization=none, a template without new tokens (template=user-assistant) or, where the tokenizer "
+            "has them already, template.added_tokens=[]",
         )
 
 

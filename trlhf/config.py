@@ -99,8 +99,10 @@ class CheckConfig:
 class TemplateConfig:
     """How a chat becomes text."""
 
-    name: str = "cerebrum"  # cerebrum, chatml, tokenizer (the tokenizer's own) or the path of a .jinja file
+    name: str = "cerebrum"  # one in sft/chat_templates, tokenizer (the tokenizer's own) or the path of a .jinja file
     system: str | None = None  # replaces the template's system line
+    added_tokens: list[str] = setting([])  # that the tokenizer is to know; the embeddings grow by those it does not
+    eos_token: str | None = None  # what ends a response, in place of the tokenizer's EOS
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class SftConfig:
     max_grad_norm: float = setting(1.0, above=0)
     packing: bool = False  # several demonstrations in one row
     kernels: Literal["torch", "liger", "auto"] = "torch"  # of norms, rotations and gates; auto: Liger's where they are
+    multi_turn: Literal["unrolled", "whole"] = "unrolled"  # a chat: a demonstration for each response, or one for all
     max_prompts: int = setting(5000, low=1)  # a warning above it: Cerebrum's card promises fewer
     save_steps: int = setting(50, low=1)  # steps between checkpoints
     save_total_limit: int = setting(2, low=2, remedy="one is being written while another holds")  # checkpoints kept

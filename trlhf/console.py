@@ -82,6 +82,7 @@ def quiet_libraries() -> None:
             library.propagate = False
             library.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)  # new tokens: as it should
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

@@ -16,10 +16,12 @@ def merged_state(model: PreTrainedModel, dtype: torch.dtype, adapter: str | None
     """Return every weight as a plain model has it, one adapter merged in, on the CPU; the model stays as it is.
 
     W + (α/r)·BA for adapted layers, computed in float32 and rounded once; quantised weights are dequantised first.
-    Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685.
+    Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685. Rows of new tokens that the adapter learned take their
+    places in embedding and head.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.other import TrainableTokensWrapper
 
     state: dict[str, Tensor] = {}
     inside: tuple[str, ...] = ()
@@ -29,6 +31,11 @@ def merged_state(model: PreTrainedModel, dtype: torch.dtype, adapter: str | None
                 continue
             prefix = f"{name}." if name else ""
             layer: Any = module
+            if isinstance(module, TrainableTokensWrapper):
+                inside = (*inside, prefix)
+                rows: Tensor = layer.token_adapter.get_merged_weights([adapter] if adapter is not None else [])
+                state[f"{prefix}weight"] = rows.detach().to(dtype).cpu().contiguous()
+                continue
             adapted = isinstance(module, LoraLayer)
             if adapted:
                 inside = (*inside, prefix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trlhf.config import Attention, Config, ModelConfig
 
 MICRO_BASE = Path(__file__).parent / "micro" / "base"
+_RESPONSE_STARTS: dict[str, tuple[str, str]] = {}  # by the text of the chat template
 
 
 def model_path(name: str) -> str:
@@ -144,18 +145,32 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens of a response as they follow a prompt: a blank, the text, EOS.
+    """Return the tokens of a response as they follow a prompt: what the template puts before it, the text, EOS.
 
     A tokenizer that marks the start of a text (SentencePiece's ``▁``, as Mistral's does) would split the first word
-    differently on its own, so it is tokenized behind the colon that prompts end in.
+    differently on its own, so it is tokenized behind the character that prompts end in.
     """
-    colon: list[int] = tokenizer(":", add_special_tokens=False)["input_ids"]
-    ids: list[int] = tokenizer(": " + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
-    if ids[: len(colon)] == colon:
-        ids = ids[len(colon) :]
-    else:  # the colon merged with what follows it
-        ids = tokenizer(" " + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+    last, lead = _response_start(tokenizer)
+    before: list[int] = tokenizer(last, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(last + lead + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+    if ids[: len(before)] == before:
+        ids = ids[len(before) :]
+    else:  # that character merged with what follows it
+        ids = tokenizer(lead + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     return [*ids, int(tokenizer.eos_token_id)]
+
+
+def _response_start(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return the character that prompts end in, and what the chat template writes between it and a response."""
+    template = str(tokenizer.chat_template)
+    if template not in _RESPONSE_STARTS:
+        chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\ufffd"}]
+        prompt: Any = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+        whole: Any = tokenizer.apply_chat_template(chat, tokenize=False)
+        continued = bool(prompt) and whole.startswith(prompt) and "\ufffd" in whole[len(prompt) :]
+        lead = whole[len(prompt) :].partition("\ufffd")[0] if continued else " "
+        _RESPONSE_STARTS[template] = (prompt[-1:] or ":", lead)
+    return _RESPONSE_STARTS[template]
 
 
 def first_line(error: BaseException) -> str:
@@ -164,8 +179,13 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def lora_config(config: ModelConfig) -> Any:
-    """Return peft's configuration of the adapters that ``model.lora`` describes."""
+def lora_config(config: ModelConfig, new_tokens: Mapping[str, Sequence[int]] | None = None) -> Any:
+    """Return peft's configuration of the adapters that ``model.lora`` describes.
+
+    Args:
+        config: of the model.
+        new_tokens: rows of embedding and head that are trained too (see `trlhf.embeddings`), by the layer's name.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
@@ -174,4 +194,5 @@ def lora_config(config: ModelConfig) -> Any:
         lora_dropout=config.lora.dropout,
         target_modules=list(config.lora.target_modules),
         task_type="CAUSAL_LM",
+        trainable_token_indices={name: list(rows) for name, rows in new_tokens.items()} if new_tokens else None,
     )

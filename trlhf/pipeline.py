@@ -171,25 +171,17 @@ def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> 
     """Leave out, before anything is trained, the prompts that leave no room for a response."""
     from trlhf.fitting import fit_task
     from trlhf.models import load_tokenizer
+    from trlhf.sft.templates import base_tokenizer
 
     if list(todo) == ["sft"]:
         return task
     if config.stage in ("reward", "rl"):
         tokenizer = load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
     else:
-        tokenizer = _base_tokenizer(config)
+        tokenizer = base_tokenizer(config)
     task = fit_task(task, config, tokenizer, todo)
     _tell(task.reports)
     return task
-
-
-def _base_tokenizer(config: Config) -> Any:
-    from trlhf.models import load_tokenizer, model_path
-    from trlhf.sft.templates import apply_template
-
-    model = config.model
-    tokenizer = load_tokenizer(model_path(model.name), pad_token=model.pad_token, revision=model.revision)
-    return apply_template(tokenizer, config.template)
 
 
 def _sft(config: Config, run: RunDirectory, task: Task) -> None:
@@ -258,9 +250,11 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
 
 def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     """Evaluate the base and every stage's model that exists, on the same prompts."""
+    from trlhf.embeddings import make_room
     from trlhf.errors import UserError
     from trlhf.evaluation.evaluate import Evaluation, compare, describe, evaluate
     from trlhf.models import choose_device, load_causal_lm, load_tokenizer, model_path
+    from trlhf.sft.templates import base_tokenizer
 
     stage = run.stage("eval")
     stage.reopen()
@@ -271,8 +265,9 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     results: dict[str, Evaluation] = {}
     metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": _made(run)}
     for name, folder in folders.items():
-        tokenizer = _base_tokenizer(config) if name == "base" else load_tokenizer(folder)
+        tokenizer = base_tokenizer(config) if name == "base" else load_tokenizer(folder)
         model = load_causal_lm(folder, config.model, choose_device(config))
+        make_room(model, tokenizer)
         with progress(f"eval: {name}", len(task.test)) as advance:
             answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation, advance)
         del model  # before the next is loaded: a model and its cycles would stay beside it

@@ -130,7 +130,9 @@ def _file(config: Config) -> Task:
     pairs: Sequence[LabelledPair] = ()
     reports: list[RowReport] = []
     if data.sft and wanted in ("all", "sft"):
-        demonstrations, report = demonstrations_from_rows(read_rows(data.sft), data.sft)
+        demonstrations, report = demonstrations_from_rows(
+            read_rows(data.sft), data.sft, multi_turn=config.sft.multi_turn
+        )
         demonstrations = _at_most(demonstrations, data.sft_prompts, config, "sft")
         reports.append(report)
     if data.pool and wanted in ("all", "reward", "rl"):

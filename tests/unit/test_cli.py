@@ -173,6 +173,22 @@ def test_all_kinds_of_mistakes_in_one_message() -> None:
     )
 
 
+def test_a_template_of_ones_own_is_chosen_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("x")
+    assert one(f"template={path}").template.name == one(f"template.name={path}").template.name == str(path)
+    (found,) = problems("template=no.jinja")
+    assert found.startswith("template.name=no.jinja is neither cerebrum, chatml, ")
+    (found,) = problems("template=chatlm")
+    assert found == "template=chatlm must be one of cerebrum, chatml, tokenizer, user-assistant; did you mean chatml?"
+
+
+def test_chatml_brings_its_tokens() -> None:
+    template = one("template=chatml").template
+    assert (template.added_tokens, template.eos_token) == (["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    assert one("template=cerebrum").template.added_tokens == []
+
+
 def test_group_choices_that_are_no_names() -> None:
     (found,) = problems("sft={epochs: 1}")
     assert found.endswith("must be one of default; choose one; the values in the group are set as sft.KEY=VALUE")

@@ -169,7 +169,20 @@ def test_one_wrong_value(values: dict[str, Any], message: str) -> None:
             {"rl": {"max_new_tokens": 1024}},
             "rl.max_new_tokens=1024 must be smaller than model.max_length=1024, which holds the prompt too; try 512",
         ),
-        ({"template": {"name": "no.jinja"}}, "template.name=no.jinja is neither cerebrum, chatml, tokenizer, nor a"),
+        (
+            {"template": {"name": "no.jinja"}},
+            "template.name=no.jinja is neither cerebrum, chatml, user-assistant, tokenizer, nor a .jinja file that "
+            "exists; give one",
+        ),
+        ({"template": {"name": "chatlm"}}, "template.name=chatlm is neither cerebrum, chatml, user-assistant, "),
+        (
+            {
+                "model": {"quantization": "nf4", "lora": {"enabled": True}},
+                "reward": {"finetune": "lora"},
+                "template": {"added_tokens": ["<x>"]},
+            },
+            "template.added_tokens=[<x>] are rows that must be learned and kept, but model.quantization=nf4 loads the ",
+        ),
         (
             {"model": {"lora": {"enabled": True}}, "reward": {"finetune": "full"}},
             "reward.finetune=full would train a second whole copy of the base, but model.lora.enabled=true keeps one ",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from trlhf.chats import MalformedRow, chat_from_row, context_of
 from trlhf.errors import UserError
 from trlhf.rows import Row
-from trlhf.sft.formats import native, row_of
+from trlhf.sft.formats import as_native, row_of
 from trlhf.tasks import Task
 from trlhf.types import Message, RowReport
 
@@ -141,7 +141,7 @@ def _wholes(turns: Sequence[Turn]) -> Iterator[str]:
 
 def _turns(chat: Sequence[Message]) -> list[Turn]:
     """Return the turns, normalised, worked solutions in the form in which they are trained on; no system line."""
-    turns = [native(message) for message in chat if message["role"] != "system"]
+    turns = [as_native(message) for message in chat if message["role"] != "system"]
     return [(turn["role"], normalise(turn["content"])) for turn in turns]
 
 
