@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from throughput_rl import EPOCHS, MICROBATCH, RATE, trl_common
-from throughput_setting import Arm, Done, Setting, alternate, build, lengths, ratio, tokenizer, words
+from throughput_setting import Arm, Done, Setting, alternate, build, compared, lengths, tokenizer, words
 from throughput_sft import Clock
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from trlhf.config import RlConfig
@@ -74,13 +74,7 @@ def measure_dpo(setting: Setting) -> dict[str, Any]:
         Arm(PRECOMPUTED, lambda: trl_pairs(setting, ids, rows, rl, True)),
     ]
     measured = alternate(arms, setting)
-    return {
-        "unit": "pairs/s",
-        "arms": measured,
-        "loss_of_one_step": losses,
-        "ratios": {name: ratio(measured, "trlhf", name) for name in (PLAIN, PRECOMPUTED)},
-        "marks": {PLAIN: 1.3, PRECOMPUTED: 1.3},
-    }
+    return compared("pairs/s", measured, {PLAIN: 1.3, PRECOMPUTED: 1.3}) | {"loss_of_one_step": losses}
 
 
 def two_models(setting: Setting) -> tuple[Any, Any]:
@@ -141,9 +135,11 @@ def trl_pairs(
         callbacks=[clock],
     )
 
+    trainer.remove_callback(PrinterCallback)
+
     def work() -> Done:
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return Done(len(rows) * rl.epochs, {"loss": sum(losses) / len(losses)}, clock.seconds)
+        return Done(len(rows) * rl.epochs, {"loss": sum(losses) / len(losses)}, clock.took)
 
     return work

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from throughput_setting import Arm, Done, Setting, alternate, build, prompts, ratio, tokenizer
+from throughput_setting import Arm, Done, Setting, alternate, build, compared, prompts, tokenizer
 from throughput_sft import Clock
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trlhf.config import RlConfig
@@ -69,12 +69,7 @@ def measure_rl(setting: Setting) -> dict[str, Any]:
     steps = {name: arm["optimizer_steps"] for name, arm in measured.items()}
     assert len(set(steps.values())) == 1, steps
     assert abs(measured["trlhf"]["first_ratio"] - 1) < LOG_RATIO, measured["trlhf"]
-    return {
-        "unit": "samples/s",
-        "arms": measured,
-        "ratios": {name: ratio(measured, "trlhf", name) for name in ("TRL RLOO", "TRL GRPO")},
-        "marks": {"TRL RLOO": 2.0},
-    }
+    return compared("samples/s", measured, {"TRL RLOO": 2.0})
 
 
 def our_step(
@@ -140,10 +135,12 @@ def trl_step(
     )  # fmt: skip
     trainer.ref_model.lm_head.bias = model.lm_head.bias
 
+    trainer.remove_callback(PrinterCallback)
+
     def work() -> Done:
         trainer.train()
         seen = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
         facts = {"optimizer_steps": trainer.state.global_step, "response_tokens": seen[0]["completions/mean_length"]}
-        return Done(count, facts, clock.seconds)
+        return Done(count, facts, clock.took)
 
     return work

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from throughput_setting import Arm, Done, Setting, alternate, build, prompts, ratio, tokenizer
+from throughput_setting import Arm, Done, Setting, alternate, build, compared, prompts, tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from trlhf.config import EvaluationConfig
@@ -90,12 +90,7 @@ def measure_rollouts(setting: Setting) -> dict[str, Any]:
     assert [list(rows[0].token_ids) for rows in found] == expected
     model = build(setting, ends=True)
     measured = alternate([generate_arm(model, ids, asked), our_arm(model, ids, asked)], setting)
-    return {
-        "unit": "tokens/s",
-        "arms": measured,
-        "ratios": {"generate": ratio(measured, "trlhf", "generate")},
-        "marks": {"generate": 1.3},
-    }
+    return compared("tokens/s", measured, {"generate": 1.3})
 
 
 def measure_evaluation(setting: Setting) -> dict[str, Any] | None:
@@ -140,13 +135,7 @@ def measure_evaluation(setting: Setting) -> dict[str, Any] | None:
         same = [extract_answer(a) == extract_answer(b) for a, b in zip(texts, answers["trlhf"], strict=True)]
         assert all(same), (name, same.count(False))
         measured[name]["same_text"] = sum(a == b for a, b in zip(texts, answers["trlhf"], strict=True)) / len(texts)
-    peers = [arm.name for arm in arms[1:]]
-    return {
-        "unit": "problems/s",
-        "arms": measured,
-        "ratios": {name: ratio(measured, "trlhf", name) for name in peers},
-        "marks": {LM_EVAL.format(BATCH): 3.0},
-    }
+    return compared("problems/s", measured, {LM_EVAL.format(BATCH): 3.0})
 
 
 def lm_eval_work(

@@ -158,12 +158,24 @@ class Done:
     Attributes:
         units: of work, for the rate.
         facts: what is compared between arms, or reported beside the rate.
-        seconds: of the work alone, where the arm could not do all set-up before; else it is timed from outside.
+        took: seconds and this process's CPU seconds of the work alone, where the arm could not do all set-up before;
+            else it is timed from outside.
     """
 
     units: float
     facts: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    took: tuple[float, float] | None = None
+
+
+class Watch:
+    """Seconds, and CPU seconds of this process, since it was made."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Return both."""
+        return time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
 
 
 @dataclass(frozen=True)
@@ -178,31 +190,36 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
     """Run every arm ``setting.repeats`` times, in turn, forwards and backwards, and return medians.
 
     Returns:
-        By arm: ``per_second`` (median), ``seconds`` of each run, ``units``, ``peak_mb`` above what was held before
-        (largest), and the last run's facts.
+        By arm: ``per_second`` (median), ``seconds`` and ``cpu_seconds`` of each run, ``units``, ``peak_mb`` above what was
+        held before (largest), and the last run's facts.
     """
-    found: dict[str, list[tuple[float, Done, float]]] = {arm.name: [] for arm in arms}
+    found: dict[str, list[tuple[Done, float]]] = {arm.name: [] for arm in arms}
     for repeat in range(setting.repeats):
         for arm in arms if repeat % 2 == 0 else reversed(arms):
             work = arm.prepare()
             gc.collect()
-            held = reset_peak(setting.device)
-            begun = time.perf_counter()
+            held, watch = reset_peak(setting.device), Watch()
             done = work()
             if setting.device == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - begun if done.seconds is None else done.seconds
-            found[arm.name].append((seconds, done, peak(setting.device) - held))
+            done.took = done.took or watch.read()
+            found[arm.name].append((done, peak(setting.device) - held))
             del work
+    return {name: summary(runs) for name, runs in found.items()}
+
+
+def summary(runs: Sequence[tuple[Done, float]]) -> dict[str, Any]:
+    """Return the runs of one arm as they are reported."""
+    took = [done.took for done, _ in runs if done.took is not None]
     return {
-        name: {
-            "per_second": statistics.median(done.units / seconds for seconds, done, _ in runs),
-            "seconds": [round(seconds, 4) for seconds, _, _ in runs],
-            "units": runs[-1][1].units,
-            "peak_mb": round(max(memory for _, _, memory in runs), 1),
-            **runs[-1][1].facts,
-        }
-        for name, runs in found.items()
+        "per_second": statistics.median(
+            done.units / seconds for (done, _), (seconds, _) in zip(runs, took, strict=True)
+        ),
+        "seconds": [round(seconds, 4) for seconds, _ in took],
+        "cpu_seconds": [round(cpu, 4) for _, cpu in took],
+        "units": runs[-1][0].units,
+        "peak_mb": round(max(memory for _, memory in runs), 1),
+        **runs[-1][0].facts,
     }
 
 
@@ -230,6 +247,23 @@ def _resident(name: str) -> float:
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name))
 
 
-def ratio(measured: dict[str, dict[str, Any]], ours: str, peer: str) -> float:
-    """Return how many times as fast ``ours`` is as ``peer``."""
-    return round(float(measured[ours]["per_second"] / measured[peer]["per_second"]), 3)
+def ratios(measured: dict[str, dict[str, Any]], peers: Sequence[str], cpu: bool = False) -> dict[str, float]:
+    """Return how many times as fast as its peers ``trlhf`` is.
+
+    Args:
+        measured: arms, ``trlhf`` among them.
+        peers: names of the others.
+        cpu: by CPU seconds instead of seconds: other processes matter less to them.
+    """
+
+    def rate(arm: dict[str, Any]) -> float:
+        return float(arm["units"] / statistics.median(arm["cpu_seconds"]) if cpu else arm["per_second"])
+
+    return {peer: round(rate(measured["trlhf"]) / rate(measured[peer]), 3) for peer in peers}
+
+
+def compared(unit: str, measured: dict[str, dict[str, Any]], marks: dict[str, float]) -> dict[str, Any]:
+    """Return a cell of the results: arms, how many times as fast ours is, and how many it should be at least."""
+    peers = [name for name in measured if name != "trlhf"]
+    by_cpu = ratios(measured, peers, cpu=True)
+    return {"unit": unit, "arms": measured, "ratios": ratios(measured, peers), "ratios_cpu": by_cpu, "marks": marks}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from throughput_setting import Arm, Done, Setting, alternate, build, prompts, ratio, responses, tokenizer
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from throughput_setting import Arm, Done, Setting, Watch, alternate, build, compared, prompts, responses, tokenizer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
@@ -34,10 +33,10 @@ class Clock(TrainerCallback):
     """Notes how long a trainer's own loop took, without what it sets up before and after."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = time.perf_counter()
+        self.watch = Watch()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.perf_counter() - self.begun
+        self.took = self.watch.read()
 
 
 def demonstrations(count: int, ids: PreTrainedTokenizerBase) -> list[EncodedDemonstration]:
@@ -67,6 +66,7 @@ def trl_arm(
         trainer = SFTTrainer(
             model=build_model(), args=arguments, train_dataset=data, processing_class=tokenizer(), callbacks=[clock]
         )
+        trainer.remove_callback(PrinterCallback)
         return lambda: _train(trainer, clock, rows)
 
     return Arm(name, prepare)
@@ -126,7 +126,7 @@ def _train(trainer: SFTTrainer, clock: Clock, rows: Sequence[EncodedDemonstratio
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(row.input_ids) for row in rows)
-    return Done(tokens, {"first_loss": losses[0], "steps": trainer.state.global_step}, clock.seconds)
+    return Done(tokens, {"first_loss": losses[0], "steps": trainer.state.global_step}, clock.took)
 
 
 def exact_loss(rows: Sequence[EncodedDemonstration], model: Any) -> float:
@@ -181,10 +181,5 @@ def measure(setting: Setting) -> dict[str, Any]:
         assert packed_step or math.isclose(loss, expected, abs_tol=TOLERANCE), (arm.name, loss, expected)
     found = alternate(arms(rows), setting)
     best = max((PLAIN, PACKED), key=lambda name: float(found[name]["per_second"]))
-    return {
-        "unit": "real tokens/s",
-        "arms": found,
-        "loss_of_one_step": expected,
-        "ratios": {name: ratio(found, "trlhf", name) for name in (DEFAULT, PLAIN, PACKED)},
-        "marks": {DEFAULT: 2.0, best: 1.0},
-    }
+    cell = compared("real tokens/s", found, {DEFAULT: 2.0, best: 1.0})
+    return cell | {"loss_of_one_step": expected}

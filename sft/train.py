@@ -76,11 +76,12 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
         _train(trainer, start[0] if start else None, stage.path, callback)
     _save(trainer.model, tokenizer, config, stage)
 
+    rows: Any = trainer.train_dataset
     metrics: dict[str, Any] = {
         "demonstrations": len(encoded),
         "rows": dataclasses.asdict(report),
         "response_tokens": sum(sum(row.completion_mask) for row in encoded),
-        "sequences": len(trainer.train_dataset),
+        "sequences": len(rows),
         "steps": trainer.state.global_step,
         "loss": _last(trainer, "loss"),
         "token_accuracy": _last(trainer, "mean_token_accuracy"),
