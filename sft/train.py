@@ -68,9 +68,10 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
     encoded, report = _encode(demonstrations, tokenizer, config)
     _write_samples(demonstrations, tokenizer, stage)
 
-    dataset = _dataset(encoded, config)
+    transformers.set_seed(config.seed)
     with StageCallback(stage) as callback:
-        trainer = _trainer(dataset, len(encoded), tokenizer, config, stage.path / CHECKPOINTS, callback)
+        model, new_tokens = _load_base(config, tokenizer)
+        trainer = make_trainer(model, encoded, tokenizer, config, stage.path / CHECKPOINTS, callback, new_tokens)
         start = newest_whole(stage.path / CHECKPOINTS)
         stage.rewind(start[1] if start else 0)
         if start:
@@ -78,11 +79,12 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
         _train(trainer, start[0] if start else None, stage.path, callback)
     _save(trainer.model, tokenizer, config, stage)
 
+    rows: Any = trainer.train_dataset
     metrics: dict[str, Any] = {
         "demonstrations": len(encoded),
         "rows": dataclasses.asdict(report),
         "response_tokens": sum(sum(row.completion_mask) for row in encoded),
-        "sequences": len(dataset),
+        "sequences": len(rows),
         "steps": trainer.state.global_step,
         "loss": _last(trainer, "loss"),
         "token_accuracy": _last(trainer, "mean_token_accuracy"),
@@ -121,33 +123,45 @@ def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset
     return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset
 
 
-def _trainer(
-    dataset: Dataset,
-    demonstrations: int,
+def make_trainer(
+    model: PreTrainedModel,
+    encoded: Sequence[EncodedDemonstration],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     output: Path,
     callback: StageCallback,
+    new_tokens: Sequence[int] = (),
 ) -> SFTTrainer:
+    """Return TRL's trainer of a model on demonstrations in tokens.
+
+    Args:
+        model: learns, or gets the adapter that does.
+        encoded: at least one.
+        tokenizer: pads.
+        config: the whole configuration.
+        output: folder of the checkpoints.
+        callback: is told of every step.
+        new_tokens: ids of tokens that the base had no row for; beside an adapter they are trained.
+    """
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
-    transformers.set_seed(config.seed)
-    base, new_tokens = _load_base(config, tokenizer)
+    dataset = _dataset(encoded, config)
+    trained = rows_by_layer(model, new_tokens)
     trainer = SFTTrainer(
-        model=base,
-        args=_arguments(config, output, demonstrations / len(dataset)),
+        model=model,
+        args=_arguments(config, output, len(encoded) / len(dataset)),
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=lora_config(config.model, rows_by_layer(base, new_tokens)) if config.model.lora.enabled else None,
+        peft_config=lora_config(config.model, trained) if config.model.lora.enabled else None,
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    model: Any = trainer.model
-    for module in model.modules():
+    learning: Any = trainer.model
+    for module in learning.modules():
         if type(module).__name__ == "TrainableTokensWrapper":
             module.bias = None  # TRL asks the head for it; the wrapper knows only `weight`
-    for parameter in model.parameters():
+    for parameter in learning.parameters():
         if parameter.requires_grad:  # TRL makes adapters of a quantised base bfloat16, where small steps vanish
             parameter.data = parameter.data.float()
     return trainer

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trlhf.config import RlConfig
+from trlhf.decoding import start_decoding
 from trlhf.evaluation.answers import extract_answer
 from trlhf.models import encode_prompt
 from trlhf.types import Prompt, Rollout
@@ -91,27 +92,10 @@ def _decode(
     generator: torch.Generator,
 ) -> list[tuple[list[int], list[float]]]:
     """Decode one batch; returns tokens (EOS included) and their log-probabilities, samples of a prompt side by side."""
-    device = model.device
-    pad, eos, samples = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id), sampling.samples
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    mask = (torch.arange(width, device=device)[None] >= width - lengths[:, None]).long()
-    cache = DynamicCache(config=model.config)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        mask = mask.repeat_interleave(samples, 0)
-    logits = output.logits[:, -1].repeat_interleave(samples, 0)
-    positions = lengths.repeat_interleave(samples)
-    alive = torch.arange(len(prompts) * samples, device=device)  # which result each live row belongs to
+    eos, samples = int(tokenizer.eos_token_id), sampling.samples
+    decoder = start_decoding(model, prompts, samples, int(tokenizer.pad_token_id), sampling.max_new_tokens)
+    logits = decoder.logits
+    alive = torch.arange(len(logits), device=logits.device)  # which result each live row belongs to
     drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(alive))]
     for step in range(sampling.max_new_tokens):
         tokens, logprobs = _choose(logits, sampling.temperature, generator)
@@ -123,17 +107,9 @@ def _decode(
             break
         if not bool(going.all()):
             keep = going.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            alive, tokens, mask, positions = alive[keep], tokens[keep], mask[keep], positions[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-        positions = positions + 1
+            decoder.keep(keep)
+            alive, tokens = alive[keep], tokens[keep]
+        logits = decoder.step(tokens)
     return drawn
 
 

@@ -1,0 +1,123 @@
+"""Decoding with prompts held once: the logits of the plain way, whoever leaves and whatever was padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from trlhf import decoding
+from trlhf.decoding import SHARING, PlainDecoder, SharedDecoder, shares_prompts, start_decoding
+from trlhf.shared_prompts import SharedPrompts
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19]]
+
+
+def tiny(kind: str, **options: Any) -> PreTrainedModel:
+    config, model = MODELS[kind]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 40, "head_dim": 8, "max_position_embeddings": 128}
+    made = model(config(**sizes | {"sliding_window": None, "pad_token_id": 3} | options)).eval()
+    with torch.no_grad():
+        for value in made.parameters():
+            value.mul_(4 if value.dim() == 2 else 1)  # fresh weights hardly look at anything
+    return made
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8, 9, 10]]], ids=["padded", "equal"])
+@pytest.mark.parametrize("samples", [1, 3])
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_way_while_rows_leave(kind: str, prompts: list[list[int]], samples: int) -> None:
+    model = tiny(kind)
+    shared, plain = SharedDecoder(model, prompts, samples, 3), PlainDecoder(model, prompts, samples, 3)
+    torch.testing.assert_close(shared.logits, plain.logits)
+    generator, rows = torch.Generator().manual_seed(0), len(prompts) * samples
+    for step in range(9):
+        if step % 2 and rows > 1:  # one row leaves, then two, …: at once or later
+            keep = torch.randperm(rows, generator=generator)[: max(1, rows - step)].sort().values
+            rows = len(keep)
+            shared.keep(keep)
+            plain.keep(keep)
+        tokens = torch.randint(4, 40, (rows,), generator=generator)
+        torch.testing.assert_close(shared.step(tokens), plain.step(tokens), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_room_for_responses_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY", 2)
+    model = tiny("mistral")
+    shared, plain = SharedDecoder(model, PROMPTS, 2, 3), PlainDecoder(model, PROMPTS, 2, 3)
+    for step in range(7):
+        tokens = torch.arange(8) + 4 + step
+        torch.testing.assert_close(shared.step(tokens), plain.step(tokens), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_are_held_once_and_let_go_with_their_last_row() -> None:
+    decoder = SharedDecoder(tiny("mistral"), PROMPTS, 4, 3)
+    assert decoder._shared.layers[0][0].shape == (4, 2, 6, 8)
+    decoder.step(torch.full((16,), 9))
+    decoder.keep(torch.tensor([0, 1, 2, 3, 5, 12, 13]))
+    assert decoder._shared.layers[0][0].shape[0] == 3
+    assert decoder._layers[0].keys.shape[0] == 7
+    decoder.keep(torch.arange(1, 7))  # one row in seven: it leaves at once, though its prompt's others stay
+    assert decoder._layers[0].keys.shape[0] == 6
+
+
+@torch.no_grad()
+def test_a_single_row_of_many_does_not_leave_at_once() -> None:
+    decoder = SharedDecoder(tiny("mistral"), PROMPTS, 4, 3)
+    decoder.step(torch.full((16,), 9))
+    decoder.keep(torch.arange(1, 16))
+    assert decoder._layers[0].keys.shape[0] == 16
+    assert decoder.step(torch.full((15,), 9)).shape[0] == 15
+
+
+def test_gather_and_scatter_undo_each_other_in_any_order() -> None:
+    layers = [(torch.zeros(3, 2, 5, 4), torch.zeros(3, 2, 5, 4))]
+    for prompt_of in ([0, 0, 1, 1, 2, 2], [2, 0, 1, 0, 2, 2], [0, 0, 0, 1, 2]):
+        shared = SharedPrompts(layers, torch.ones(3, 5, dtype=torch.long), torch.tensor(prompt_of))
+        rows = torch.randn(len(prompt_of), 2, 3, 4)
+        torch.testing.assert_close(shared.scatter(shared.gather(rows)), rows)
+
+
+def test_what_cannot_be_shared_is_decoded_plainly() -> None:
+    assert shares_prompts(tiny("mistral"), 20)
+    assert shares_prompts(tiny("mistral", sliding_window=20), 20)
+    assert not shares_prompts(tiny("mistral", sliding_window=19), 20)
+    flash = tiny("mistral")
+    flash.config._attn_implementation = "flash_attention_2"
+    assert not shares_prompts(flash, 20)
+
+
+@torch.no_grad()
+def test_the_models_own_attention_is_back_after_every_step() -> None:
+    model = tiny("mistral")
+    decoder = start_decoding(model, PROMPTS, 2, 3, 5)
+    assert isinstance(decoder, SharedDecoder)
+    decoder.step(torch.full((8,), 9))
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(IndexError):
+        decoder.step(torch.full((8,), 10_000))
+    assert model.config._attn_implementation == "sdpa"
+    assert isinstance(start_decoding(tiny("mistral", sliding_window=8), PROMPTS, 2, 3, 5), PlainDecoder)
