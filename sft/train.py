@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trlhf import files, preemption
 from trlhf.console import quiet_libraries
+from trlhf.crew import together
+from trlhf.distributed import any_rank, world
 from trlhf.errors import UserError
 from trlhf.merging import save_model
 from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
+from trlhf.sft.even import EvenTrainer, filled
 from trlhf.sft.report import AllStepsDone, StageCallback
 from trlhf.sft.templates import apply_template
 from trlhf.types import Demonstration, RowReport
@@ -65,21 +68,18 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
     encoded, report = _encode(demonstrations, tokenizer, config)
     _write_samples(demonstrations, tokenizer, stage)
 
-    dataset = _dataset(encoded, config)
-    with StageCallback(stage) as callback:
-        trainer = _trainer(dataset, len(encoded), tokenizer, config, stage.path / CHECKPOINTS, callback)
-        start = newest_whole(stage.path / CHECKPOINTS)
-        stage.rewind(start[1] if start else 0)
-        if start:
-            _log.info("sft: going on from step %d (%s)", start[1], start[0])
-        _train(trainer, start[0] if start else None, stage.path, callback)
+    start = newest_whole(stage.path / CHECKPOINTS)
+    stage.rewind(start[1] if start else 0)
+    if start:
+        _log.info("sft: going on from step %d (%s)", start[1], start[0])
+    trainer: Any = together(_fit, encoded, config, stage.path, start[0] if start else None, stage=stage)
     _save(trainer.model, tokenizer, config, stage)
 
     metrics: dict[str, Any] = {
         "demonstrations": len(encoded),
         "rows": dataclasses.asdict(report),
         "response_tokens": sum(sum(row.completion_mask) for row in encoded),
-        "sequences": len(dataset),
+        "sequences": len(trainer.train_dataset) - getattr(trainer, "fillers", 0),
         "steps": trainer.state.global_step,
         "loss": _last(trainer, "loss"),
         "token_accuracy": _last(trainer, "mean_token_accuracy"),
@@ -125,29 +125,72 @@ def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset
     return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset
 
 
-def _trainer(
-    dataset: Dataset,
-    demonstrations: int,
+def _fit(
+    encoded: Sequence[EncodedDemonstration],
+    config: Config,
+    folder: Path,
+    checkpoint: Path | None,
+    stage: StageDirectory | None = None,
+) -> SFTTrainer:
+    """Train, all processes together.
+
+    Args:
+        encoded: the demonstrations in tokens.
+        config: the whole configuration.
+        folder: of the stage.
+        checkpoint: to go on from.
+        stage: on the process that writes.
+    """
+    quiet_libraries()
+    tokenizer = _tokenizer(config)
+    transformers.set_seed(config.seed)
+    with StageCallback(stage) as callback:
+        model = _load_base(config, tokenizer)
+        trainer = make_trainer(model, encoded, tokenizer, config, folder / CHECKPOINTS, callback)
+        _train(trainer, checkpoint, folder, callback)
+    return trainer
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    encoded: Sequence[EncodedDemonstration],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     output: Path,
     callback: StageCallback,
 ) -> SFTTrainer:
+    """Return TRL's trainer of a model on demonstrations in tokens.
+
+    Args:
+        model: learns, or gets the adapter that does.
+        encoded: at least one.
+        tokenizer: pads.
+        config: the whole configuration.
+        output: folder of the checkpoints.
+        callback: is told of every step.
+    """
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
-    transformers.set_seed(config.seed)
-    trainer = SFTTrainer(
-        model=_load_base(config, tokenizer),
-        args=_arguments(config, output, demonstrations / len(dataset)),
+    dataset = _dataset(encoded, config)
+    arguments = _arguments(config, output, len(encoded) / len(dataset))
+    _, processes = world()
+    kind: Callable[..., SFTTrainer] = SFTTrainer
+    if processes > 1:
+        at_once = arguments.per_device_train_batch_size * processes
+        dataset, fillers = filled(dataset, at_once, int(tokenizer.eos_token_id))
+        kind = partial(EvenTrainer, fillers)
+    trainer = kind(
+        model=model,
+        args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=lora_config(config.model) if config.model.lora.enabled else None,
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    model: Any = trainer.model
-    for parameter in model.parameters():
+    learning: Any = trainer.model
+    for parameter in learning.parameters():
         if parameter.requires_grad:  # TRL makes adapters of a quantised base bfloat16, where small steps vanish
             parameter.data = parameter.data.float()
     return trainer
@@ -156,9 +199,11 @@ def _trainer(
 def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
     """Translate the configuration; where ``per_row`` demonstrations share a row, a step takes so much fewer rows."""
     sft = config.sft
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    _, processes = world()
     rows_per_step = max(1, round(sft.batch_size / per_row / processes))  # of this process
     rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
+    while processes > 1 and rows_per_step % rows_per_pass:
+        rows_per_pass -= 1
     on_gpu = choose_device(config) == "cuda"
     return TrlConfig(
         output_dir=str(output),
@@ -187,6 +232,7 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         save_total_limit=sft.save_total_limit,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -209,7 +255,7 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback:
         with files.writing(folder), preemption.patient():
             with suppress(AllStepsDone):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if preemption.requested():
+            if any_rank(preemption.requested()):
                 raise preemption.Preempted.at("sft", trainer.state.global_step)
     except UserError:
         raise
