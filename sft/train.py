@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trlhf import files, preemption
 from trlhf.console import quiet_libraries
+from trlhf.crew import together
+from trlhf.distributed import any_rank, world
 from trlhf.embeddings import make_room, rows_by_layer
 from trlhf.errors import UserError
 from trlhf.merging import save_model
@@ -28,6 +30,7 @@ from trlhf.models import attention_of, choose_device, load_causal_lm, lora_confi
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
+from trlhf.sft.even import EvenTrainer, filled
 from trlhf.sft.report import AllStepsDone, StageCallback
 from trlhf.sft.templates import base_tokenizer
 from trlhf.types import Demonstration, RowReport
@@ -63,34 +66,34 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
             is not finite, or a full disk.
     """
     quiet_libraries()
-    tokenizer = base_tokenizer(config)
-    tokenizer.padding_side = "right"
+    tokenizer = _tokenizer(config)
     encoded, report = _encode(demonstrations, tokenizer, config)
     _write_samples(demonstrations, tokenizer, stage)
 
-    transformers.set_seed(config.seed)
-    with StageCallback(stage) as callback:
-        model, new_tokens = _load_base(config, tokenizer)
-        trainer = make_trainer(model, encoded, tokenizer, config, stage.path / CHECKPOINTS, callback, new_tokens)
-        start = newest_whole(stage.path / CHECKPOINTS)
-        stage.rewind(start[1] if start else 0)
-        if start:
-            _log.info("sft: going on from step %d (%s)", start[1], start[0])
-        _train(trainer, start[0] if start else None, stage.path, callback)
+    start = newest_whole(stage.path / CHECKPOINTS)
+    stage.rewind(start[1] if start else 0)
+    if start:
+        _log.info("sft: going on from step %d (%s)", start[1], start[0])
+    trainer: Any = together(_fit, encoded, config, stage.path, start[0] if start else None, stage=stage)
     _save(trainer.model, tokenizer, config, stage)
 
-    rows: Any = trainer.train_dataset
     metrics: dict[str, Any] = {
         "demonstrations": len(encoded),
         "rows": dataclasses.asdict(report),
         "response_tokens": sum(sum(row.completion_mask) for row in encoded),
-        "sequences": len(rows),
+        "sequences": len(trainer.train_dataset) - getattr(trainer, "fillers", 0),
         "steps": trainer.state.global_step,
         "loss": _last(trainer, "loss"),
         "token_accuracy": _last(trainer, "mean_token_accuracy"),
     }
     stage.complete(metrics)
     return metrics
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    tokenizer = base_tokenizer(config)
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def _encode(
@@ -123,6 +126,32 @@ def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset
     return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset
 
 
+def _fit(
+    encoded: Sequence[EncodedDemonstration],
+    config: Config,
+    folder: Path,
+    checkpoint: Path | None,
+    stage: StageDirectory | None = None,
+) -> SFTTrainer:
+    """Train, all processes together.
+
+    Args:
+        encoded: the demonstrations in tokens.
+        config: the whole configuration.
+        folder: of the stage.
+        checkpoint: to go on from.
+        stage: on the process that writes.
+    """
+    quiet_libraries()
+    tokenizer = _tokenizer(config)
+    transformers.set_seed(config.seed)
+    with StageCallback(stage) as callback:
+        model, new_tokens = _load_base(config, tokenizer)
+        trainer = make_trainer(model, encoded, tokenizer, config, folder / CHECKPOINTS, callback, new_tokens)
+        _train(trainer, checkpoint, folder, callback)
+    return trainer
+
+
 def make_trainer(
     model: PreTrainedModel,
     encoded: Sequence[EncodedDemonstration],
@@ -147,10 +176,17 @@ def make_trainer(
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
     dataset = _dataset(encoded, config)
+    arguments = _arguments(config, output, len(encoded) / len(dataset))
     trained = rows_by_layer(model, new_tokens)
-    trainer = SFTTrainer(
+    _, processes = world()
+    kind: Callable[..., SFTTrainer] = SFTTrainer
+    if processes > 1:
+        at_once = arguments.per_device_train_batch_size * processes
+        dataset, fillers = filled(dataset, at_once, int(tokenizer.eos_token_id))
+        kind = partial(EvenTrainer, fillers)
+    trainer = kind(
         model=model,
-        args=_arguments(config, output, len(encoded) / len(dataset)),
+        args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=lora_config(config.model, trained) if config.model.lora.enabled else None,
@@ -170,9 +206,11 @@ def make_trainer(
 def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
     """Translate the configuration; where ``per_row`` demonstrations share a row, a step takes so much fewer rows."""
     sft = config.sft
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    _, processes = world()
     rows_per_step = max(1, round(sft.batch_size / per_row / processes))  # of this process
     rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
+    while processes > 1 and rows_per_step % rows_per_pass:
+        rows_per_pass -= 1
     on_gpu = choose_device(config) == "cuda"
     arguments = TrlConfig(
         output_dir=str(output),
@@ -202,6 +240,7 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         save_total_limit=sft.save_total_limit,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -234,7 +273,7 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback:
         with files.writing(folder), preemption.patient():
             with suppress(AllStepsDone):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if preemption.requested():
+            if any_rank(preemption.requested()):
                 raise preemption.Preempted.at("sft", trainer.state.global_step)
     except UserError:
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -24,21 +23,6 @@ SLIGHT = {"config.yaml", "metrics.jsonl", BEGUN}
 logger = logging.getLogger("trlhf")
 
 
-def one_process() -> None:
-    """Refuse to be one of several processes: they would each do the whole run, in one folder.
-
-    Raises:
-        UserError: ``WORLD_SIZE``, as torchrun and accelerate set it, is more than 1.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "1"):
-        raise UserError(
-            f"WORLD_SIZE={size}: trlhf was started as one of {size} processes (by torchrun or accelerate launch?), but "
-            "the stages run in one process yet; start it with python -m trlhf. (The learners of trlhf.rl work in "
-            "several: trlhf.distributed.)"
-        )
-
-
 def open_run(config: Config, root: Path = ROOT) -> RunDirectory:
     """Choose, lock and mark the folder of a run.
 
@@ -48,7 +32,6 @@ def open_run(config: Config, root: Path = ROOT) -> RunDirectory:
     Raises:
         UserError: another process is writing there; or a stage in it was made with other values.
     """
-    one_process()
     if config.run.dir is not None:
         run = RunDirectory(Path(config.run.dir).expanduser())
         run.lock()

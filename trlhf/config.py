@@ -154,6 +154,7 @@ class RlConfig:
     temperature: float = setting(1.0, above=0, remedy="sampling and log-probabilities share it")
     max_new_tokens: int = setting(160, low=1)
     rollout_batch_size: int = setting(128, low=1)  # responses decoded together (whole prompts); the reward stage's too
+    draws: Literal["stream", "batch"] = "stream"  # random numbers: one stream, or one for each decoded batch
     epochs: int = setting(2, low=1)  # passes over each rollout batch
     minibatch_size: int = setting(64, low=1)  # responses per step; PPO: whole prompts, all their samples
     microbatch_size: int = setting(16, low=1)  # responses per forward pass; memory grows with it

@@ -93,6 +93,15 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
+def hush() -> None:
+    """Say nothing in this process: another one speaks for it."""
+    CONSOLE.quiet = True
+    logger.handlers[:] = [logging.NullHandler()]
+    logger.propagate = False
+    warnings.simplefilter("ignore")
+    quiet_libraries()
+
+
 def record(message: str, level: int = logging.ERROR) -> None:
     """Write a line to the log file only; the user has been told already."""
     entry = logger.makeRecord("trlhf", level, "", 0, message, (), None)

@@ -26,6 +26,7 @@ RELEVANT = {
     "reward": (
         *(*_SAMPLING, "reward", "labeler"),
         *("rl.temperature", "rl.max_new_tokens", "rl.rollout_batch_size"),  # how it samples: a batch shares its draws
+        "rl.draws",
         "targeting.preference_share",  # what it buys
     ),
     "rl": (*_SAMPLING, "rl", "targeting", "labeler"),

@@ -18,6 +18,8 @@ from trlhf.admission import open_run
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
+from trlhf.crew import connect, keep, release, together
+from trlhf.launch import check_folder, check_launch
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import CHECK, RunDirectory, RunResult, planned
@@ -35,6 +37,8 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "h
 def run_pipeline(config: Config) -> RunResult:
     """Run the stages that ``config.stage`` names and return the run directory with its summary.
 
+    Where a launcher has started several processes, all call this: one leads, the others follow to the end of the run.
+
     Raises:
         UserError: something that the user can mend; nothing that was finished is lost.
         Preempted: SIGTERM came; the same call goes on from what is on disk.
@@ -42,8 +46,22 @@ def run_pipeline(config: Config) -> RunResult:
     if config.dry_run:
         print_plan(config)
         return RunResult(Path(), {})
+    crew = connect()
+    if crew is not None and crew.rank > 0:
+        followed: RunResult = crew.follow()
+        return followed
+    result = _lead(config)
+    if crew is not None:
+        crew.dismiss(result)
+    return result
+
+
+def _lead(config: Config) -> RunResult:
+    check_launch(config)
     with watch(), open_run(config) as run:
         setup_logging(run.path)
+        release()  # what a run before this one, which failed, may have left
+        check_folder(run)
         run.update_summary({"seed": config.seed, "versions": _versions()})
         names = [name for name in planned(config) if name != CHECK]
         if CHECK in planned(config):
@@ -56,7 +74,7 @@ def run_pipeline(config: Config) -> RunResult:
 
 def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
     """Run the stages that load models, on one task."""
-    _prepare_torch(config)
+    together(_prepare_torch, config)
     announce_memory(config, _free_memory(config))
     from trlhf.tasks import load_task
 
@@ -130,9 +148,10 @@ def _free_memory(config: Config) -> float | None:
 
 
 def _let_go() -> None:
-    """Let go of a stage's models before the next one loads its own."""
+    """Let go of a stage's models, on every process, before the next one loads its own."""
     import torch
 
+    release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -182,6 +201,16 @@ def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> 
     task = fit_task(task, config, tokenizer, todo)
     _tell(task.reports)
     return task
+
+
+def _plain_role(folder: str, config: Config, tokenizer: Any) -> Any:
+    from trlhf.embeddings import make_room
+    from trlhf.models import choose_device, load_causal_lm
+    from trlhf.roles import Role
+
+    model = load_causal_lm(folder, config.model, choose_device(config))
+    make_room(model, tokenizer)
+    return Role(model)
 
 
 def _sft(config: Config, run: RunDirectory, task: Task) -> None:
@@ -240,7 +269,7 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
     sides = read_split(reward_dir)
     held_out = frozenset(prompt.id for prompt in pool if sides.get(prompt_key(prompt)))
     with _ledger(config, run) as ledger:
-        roles = load_roles(config, sft, reward_dir, backbone_of(reward_dir), choose_device(config))
+        roles = keep(load_roles, config, sft, reward_dir, backbone_of(reward_dir), choose_device(config))
         refit = Refitter(reward_dir, config, Labels(task.labelled, task.pairs), roles.reward)
         inputs = RlInputs(
             pool, sft, roles, ledger, task.labeler(config), archive, refit, held_out, refit.forks, refit.liking
@@ -250,10 +279,9 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
 
 def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     """Evaluate the base and every stage's model that exists, on the same prompts."""
-    from trlhf.embeddings import make_room
     from trlhf.errors import UserError
     from trlhf.evaluation.evaluate import Evaluation, compare, describe, evaluate
-    from trlhf.models import choose_device, load_causal_lm, load_tokenizer, model_path
+    from trlhf.models import load_tokenizer, model_path
     from trlhf.sft.templates import base_tokenizer
 
     stage = run.stage("eval")
@@ -265,13 +293,12 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     results: dict[str, Evaluation] = {}
     metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": _made(run)}
     for name, folder in folders.items():
-        tokenizer = base_tokenizer(config) if name == "base" else load_tokenizer(folder)
-        model = load_causal_lm(folder, config.model, choose_device(config))
-        make_room(model, tokenizer)
+        tokenizer = keep(base_tokenizer, config) if name == "base" else keep(load_tokenizer, folder)
+        role = keep(_plain_role, folder, config, tokenizer)
         with progress(f"eval: {name}", len(task.test)) as advance:
-            answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation, advance)
-        del model  # before the next is loaded: a model and its cycles would stay beside it
-        gc.collect()
+            answered = evaluate(role, tokenizer, task.test, task.test_answers, config.evaluation, advance)
+        del role  # before the next is loaded: a model and its cycles would stay beside it
+        _let_go()
         results[name] = answered.with_unanswered(task.too_long, task.test_answers)
         metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
         stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))

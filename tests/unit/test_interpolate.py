@@ -134,7 +134,7 @@ def right_below(monkeypatch: pytest.MonkeyPatch, trial: Trial, most: float) -> N
         answer = "5" if gone <= most + 1e-3 else "6"
         return [[Rollout(p.id, "", (1,), (0.0,), True, answer)] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.interpolate.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.interpolate.sample_as", sample)
 
 
 def test_the_stage_goes_back_as_far_as_held_out_prompts_ask(

@@ -179,7 +179,7 @@ def test_anchors_are_asked_greedily_where_labels_verify_them(tmp_path: Path, mon
         assert sampling.temperature == 0 and sampling.samples == 1
         return [[Rollout(p.id, "", (1,), (0.0,), True, model.answer)] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.monitor.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.monitor.sample_as", sample)
     pool = [prompt(name) for name in ("a", "b", "c")]
     state = Progress(anchors=[Anchor(name, (1,), (2,), "5") for name in ("a", "b")])
     roles = SimpleNamespace(reference=Role("5"))

@@ -30,9 +30,9 @@ from trlhf.rl.held_out import FEWEST_TO_CHOOSE, held_out_prompts
 from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
 from trlhf.rl.liking import LikingJudge, PairCache, comparisons
 from trlhf.roles import Role, Roles
-from trlhf.rollout import Sampling, sample_responses
+from trlhf.rollout import Sampling, sample_as
 from trlhf.run import StageDirectory
-from trlhf.seeding import numpy_rng, torch_generator
+from trlhf.seeding import derive_seed, numpy_rng
 from trlhf.targeting.answers import FLIP_RATE
 from trlhf.types import Label, Labeler, Prompt, Rollout, Scorer
 
@@ -186,10 +186,8 @@ class Round:
         config, step = self.config, self.state.step
         rl = config.rl
         prompts = draw_prompts(self, numpy_rng(self.config.seed, "rl", "prompts", step))
-        generator = torch_generator(self.config.seed, "rl", "rollouts", step)
-        sampling = Sampling.of(rl, rl.samples_per_prompt)
-        with self.policy.acting() as model:
-            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
+        seed = derive_seed(self.config.seed, "rl", "rollouts", step)
+        sampled = sample_as(self.policy, self.tokenizer, prompts, Sampling.of(rl, rl.samples_per_prompt), seed)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
         judged = self._judge(prompts, sampled) | self._taste(prompts, sampled)
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl, judged)

@@ -10,6 +10,7 @@ from typing import Any
 from trlhf import preemption
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
+from trlhf.crew import keep, together
 from trlhf.merging import save_model
 from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
@@ -48,9 +49,9 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
             "targeting.stop_rules: %s never acts with acquisition=%s", ", ".join(idle), config.targeting.acquisition
         )
     policy = inputs.roles.policy
-    tokenizer = load_tokenizer(inputs.sft)
+    tokenizer = keep(load_tokenizer, inputs.sft)
     pad_id = int(tokenizer.pad_token_id)
-    learner = _learner(config, inputs.roles, pad_id)
+    learner = keep(_learner, config, inputs.roles, pad_id)
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()
     checkpoint.prune(stage, state, rl.save_total_limit)
@@ -74,10 +75,9 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                     groups = trainer.sample_groups()
                     scale = min((state.step + 1) / max(1.0, rl.warmup_ratio * total), 1 - state.step / total)
                     warmup = rl.advantage == "gae" and state.step < rl.value_warmup_steps
-                    state.last = learner.update(
-                        groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
-                    )
-                    moved = measure_drift(policy, groups, rl, pad_id)
+                    rng = python_rng(config.seed, "rl", "update", state.step)
+                    state.last = together(learner.update, groups, state.anchors, rng, scale, warmup)
+                    moved = together(measure_drift, policy, groups, rl, pad_id)
                     state.drift += moved
                     state.step += 1
                     seconds = time.monotonic() - begun
