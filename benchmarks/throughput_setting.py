@@ -190,8 +190,8 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
     """Run every arm ``setting.repeats`` times, in turn, forwards and backwards, and return medians.
 
     Returns:
-        By arm: ``per_second`` (median), ``seconds`` and ``cpu_seconds`` of each run, ``units``, ``peak_mb`` above what was
-        held before (largest), and the last run's facts.
+        By arm: ``per_second`` (median), ``seconds`` and ``cpu_seconds`` of each run, ``units``, ``peak_mb`` above what
+        was held before (largest), and the last run's facts.
     """
     found: dict[str, list[tuple[Done, float]]] = {arm.name: [] for arm in arms}
     for repeat in range(setting.repeats):
