@@ -127,14 +127,15 @@ def measure_evaluation(setting: Setting) -> dict[str, Any] | None:
         return Done(len(asked))
 
     arms = [Arm("trlhf", lambda: ours)]
-    for size in (1, BATCH):
+    for size, part in ((1, asked[:16]), (BATCH, asked)):  # one at a time is lm-eval's default, and slow
         name = LM_EVAL.format(size)
-        arms.append(Arm(name, lambda name=name, size=size: lm_eval_work(name, model, ids, asked, size, limit, answers)))
+        arms.append(Arm(name, lambda n=name, s=size, p=part: lm_eval_work(n, model, ids, p, s, limit, answers)))
     measured = alternate(arms, setting)
     for name, texts in answers.items():
-        same = [extract_answer(a) == extract_answer(b) for a, b in zip(texts, answers["trlhf"], strict=True)]
-        assert all(same), (name, same.count(False))
-        measured[name]["same_text"] = sum(a == b for a, b in zip(texts, answers["trlhf"], strict=True)) / len(texts)
+        both = list(zip(texts, answers["trlhf"], strict=False))  # some answer the first problems only
+        other = [pair for pair in both if extract_answer(pair[0]) != extract_answer(pair[1])]
+        assert not other, (name, other)
+        measured[name]["same_text"] = sum(a == b for a, b in both) / len(both)
     return compared("problems/s", measured, {LM_EVAL.format(BATCH): 3.0})
 
 

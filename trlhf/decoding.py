@@ -133,8 +133,8 @@ class SharedDecoder:
         self._cache = Cache(layers=list(self._layers))
         self._tokens = torch.zeros_like(self._positions)  # of every row that is held; the others' do not matter
         self._going = torch.arange(len(self._positions), device=model.device)  # rows that are looked at
-        layers: list[Any] = read.cache.layers
-        held = [(layer.keys, layer.values) for layer in layers]
+        found: list[Any] = read.cache.layers
+        held = [(layer.keys, layer.values) for layer in found]
         prompt_of = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
         self._shared = SharedPrompts(held, read.mask, prompt_of)
 
