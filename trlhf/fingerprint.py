@@ -15,7 +15,10 @@ _SAMPLING = ("seed", "model", "data.name", "data.path", "data.pool", "data.pool_
 _BASE = ("model.name", "model.revision", "data.name", "data.path", "template")
 _EVAL_MODEL = ("model.dtype", "model.max_length", "model.pad_token")
 RELEVANT = {
-    "sft": ("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "template", "sft"),
+    "sft": (
+        *("seed", "model", "template", "sft"),
+        *("data.name", "data.path", "data.sft", "data.mixture", "data.filters", "data.sft_prompts"),
+    ),
     "reward": (
         *(*_SAMPLING, "reward", "labeler"),
         *("rl.temperature", "rl.max_new_tokens", "rl.rollout_batch_size"),  # how it samples: a batch shares its draws

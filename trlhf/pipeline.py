@@ -17,6 +17,7 @@ from trlhf.admission import open_run
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
+from trlhf.data_report import print_report, write_report
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import RunDirectory, RunResult, planned
@@ -47,7 +48,7 @@ def run_pipeline(config: Config) -> RunResult:
         from trlhf.tasks import load_task
 
         task = load_task(config)
-        _tell(task.reports)
+        _tell(run, task.reports)
         if todo := [name for name in planned(config) if not _up_to_date(run, name)]:
             task = _fit(config, run, task, todo)
         run.update_summary({"seed": config.seed, "versions": _versions()})
@@ -119,9 +120,12 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _tell(reports: Sequence[RowReport]) -> None:
+def _tell(run: RunDirectory, reports: Sequence[RowReport]) -> None:
+    """Say what became of every row, and write it down."""
     for report in reports:
         (log.warning if report.dropped else log.info)(report.describe())
+    print_report(reports)
+    write_report(run.path, reports)
 
 
 def _up_to_date(run: RunDirectory, name: str) -> bool:
@@ -148,7 +152,7 @@ def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> 
     else:
         tokenizer = base_tokenizer(config)
     task = fit_task(task, config, tokenizer, todo)
-    _tell(task.reports)
+    _tell(run, task.reports)
     return task
 
 
