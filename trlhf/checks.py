@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trlhf.checks_mixture import found, mixture_problems
 from trlhf.config import LABEL_RULES, UPDATE_RULES
 from trlhf.hardware_checks import hardware_problems
+from trlhf.hub import DATA as HUB_DATA
+from trlhf.hub import NAME as HUB_NAME
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
 if TYPE_CHECKING:
     from trlhf.config import Config, DataConfig, RlConfig
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
 OWN_TEST = "test"  # in check.against: the run's own held-out prompts
 SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
 TEMPLATES = Path(__file__).parent / "sft" / "chat_templates"
-FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
@@ -34,6 +33,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _template(config)
     yield from _data(config)
     yield from _contamination(config)
+    yield from mixture_problems(config.data)
     yield from _labels(config)
     yield from _rl(config)
     yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
@@ -95,7 +95,7 @@ def _nearest(part: int, whole: int, unit: int) -> str:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.name != "micro" and not _found(model.name):
+    if model.name != "micro" and not found(model.name, HUB_NAME):
         yield Problem(
             ("model.name",),
             f"model.name={model.name} is neither micro, nor a folder that exists, nor a hub name like owner/name; "
@@ -172,7 +172,7 @@ def _data(config: Config) -> Iterator[Problem]:
         )
     needed = {"all": ("sft", "pool", "test"), "sft": ("sft",), "reward": ("pool",), "rl": ("pool",), "eval": ("test",)}
     for key in needed.get(stage, ()) if data.name == "file" else ():
-        if files[key] is None:
+        if files[key] is None and not (key == "sft" and data.mixture):
             yield Problem(
                 ("data.name", f"data.{key}"),
                 f"data.{key} is missing, but data.name=file needs it for stage={stage}; "
@@ -186,7 +186,7 @@ def _data(config: Config) -> Iterator[Problem]:
                 "add data=file or leave it out",
             )
     for key, value in {"path": data.path, **files}.items():
-        if value is not None and not _found(value, HUB_DATA):
+        if value is not None and not found(value, HUB_DATA):
             yield Problem(
                 (f"data.{key}",),
                 f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
@@ -213,7 +213,7 @@ def _contamination(config: Config) -> Iterator[Problem]:
             "check.against=[FILE,…] without 'test'",
         )
     for name in against:
-        if name != OWN_TEST and not _found(name, HUB_DATA):
+        if name != OWN_TEST and not found(name, HUB_DATA):
             yield Problem(
                 ("check.against",),
                 f"check.against=[{','.join(against)}]: {name} does not exist (seen from {Path.cwd()}), and is neither "
@@ -352,10 +352,3 @@ def _anchors(rl: RlConfig) -> Iterator[Problem]:
             f"rl.anchor_kl_horizon={rl.anchor_kl_horizon} is so short that one rollout batch, which looks at anchors "
             f"{responses} times, could take rl.anchor_coef to 0 or below; try {5 * responses} or more",
         )
-
-
-def _found(name: str, hub: re.Pattern[str] = HUB_NAME) -> bool:
-    """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
-    return Path(name).expanduser().exists() or (
-        hub.fullmatch(name) is not None and Path(name.partition(":")[0]).suffix not in FILE_SUFFIXES
-    )

@@ -71,6 +71,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One data set of a mixture."""
+
+    path: str = ""  # file, folder or hub name (owner/name, owner/name:configuration, owner/name:file.parquet)
+    split: str = "train"  # of a folder or a hub data set
+    weight: float = setting(1.0, above=0)  # how often each chat counts in an epoch; 0.5: half of them, at random
+    cap: int = setting(0, low=0)  # at most so many chats, at random, before the weight; 0: all
+    stream: bool = False  # hub: read over the network, nothing on the disk; with cap: the first in a shuffled order
+    native: bool = False  # turn worked solutions in GSM8K's notation into native chain of thought
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which chats SFT learns from."""
+
+    min_tokens: int = setting(0, low=0)  # of the whole chat in its template; 0: any
+    max_tokens: int = setting(0, low=0)  # 0: any
+    min_turns: int = setting(0, low=0)  # responses; 2: multi-turn chats only; 0: any
+    languages: list[str] = setting([])  # ISO 639-1 codes, as py3langid finds them; []: any
+    drop_matching: list[str] = setting([])  # regular expressions; a chat in which one is found is left out
+    keep_matching: list[str] = setting([])  # a chat in which none is found is left out
+    near_duplicates: float = setting(0.0, low=0, high=1)  # Jaccard similarity from which a later chat goes; 0: never
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where prompts, demonstrations and labels come from."""
 
@@ -84,6 +109,9 @@ class DataConfig:
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
     decontaminate: bool = False  # check first, and leave out the training rows that stage=check lists
+    mixture: dict[str, SourceConfig] = field(default_factory=dict)  # file: demonstrations from several, in place of sft
+    filters: FilterConfig = field(default_factory=FilterConfig)  # file: of the demonstrations
+    mirror: str | None = None  # folder with copies of hub data sets (FOLDER/owner/name), read in place of the hub
 
 
 @dataclass(frozen=True)

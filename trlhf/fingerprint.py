@@ -20,8 +20,9 @@ _EVAL_MODEL = ("model.dtype", "model.max_length", "model.pad_token")
 RELEVANT = {
     "check": ("seed", "data", "check", "reward.max_labelled"),
     "sft": (
-        *("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "data.decontaminate"),
-        *("template", "sft"),
+        *("seed", "model", "template", "sft"),
+        *("data.name", "data.path", "data.sft", "data.mixture", "data.filters", "data.sft_prompts"),
+        "data.decontaminate",
     ),
     "reward": (
         *(*_SAMPLING, "reward", "labeler"),

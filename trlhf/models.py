@@ -144,6 +144,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return list(ids)
 
 
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens of a chat that ends in a response, by the tokenizer's chat template."""
+    chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
+    ids: Any = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    return list(ids)
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens of a response as they follow a prompt: what the template puts before it, the text, EOS.
 

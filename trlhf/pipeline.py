@@ -19,6 +19,7 @@ from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
 from trlhf.crew import connect, keep, release, together
+from trlhf.data_report import print_report, write_report
 from trlhf.launch import check_folder, check_launch
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
@@ -79,12 +80,12 @@ def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
     from trlhf.tasks import load_task
 
     task = load_task(config)
-    _tell(task.reports)
+    _tell(run, task.reports)
     if CHECK in planned(config):
         from trlhf.contamination.check import without_offending
 
         task = without_offending(task, run.stage(CHECK))
-        _tell(task.reports)
+        _tell(run, task.reports)
     if todo := [name for name in names if not _up_to_date(run, name)]:
         task = _fit(config, run, task, todo)
     stages: dict[str, Work] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
@@ -113,7 +114,7 @@ def _check(config: Config, run: RunDirectory, _: None) -> None:
 
     task = load_task(replace(config, stage="all"))
     if config.stage == CHECK:  # else the stages that follow tell
-        _tell(task.reports)
+        _tell(run, task.reports)
     run_check(config, task, run.stage(CHECK))
 
 
@@ -170,9 +171,12 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _tell(reports: Sequence[RowReport]) -> None:
+def _tell(run: RunDirectory, reports: Sequence[RowReport]) -> None:
+    """Say what became of every row, and write it down."""
     for report in reports:
         (log.warning if report.dropped else log.info)(report.describe())
+    print_report(reports)
+    write_report(run.path, reports)
 
 
 def _up_to_date(run: RunDirectory, name: str) -> bool:
@@ -199,7 +203,7 @@ def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> 
     else:
         tokenizer = base_tokenizer(config)
     task = fit_task(task, config, tokenizer, todo)
-    _tell(task.reports)
+    _tell(run, task.reports)
     return task
 
 

@@ -46,5 +46,5 @@ def _own_items(config: Config, task: Task) -> list[EvaluationItem]:
 def _own_rows(config: Config) -> list[Row]:
     data = config.data
     if data.name == "gsm8k":
-        return read_split(data.path or "", "test")
-    return read_rows(data.test, "test") if data.name == "file" and data.test else []
+        return read_split(data.path or "", "test", data.mirror)
+    return read_rows(data.test, "test", data.mirror) if data.name == "file" and data.test else []
