@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trlhf.config import LABEL_RULES, UPDATE_RULES
+from trlhf.evaluation.checks import evaluation_problems
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
 SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
-FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
+FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt", ".gguf"}
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
@@ -33,6 +34,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _rl(config)
     yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
     yield from _rules("targeting.stop_rules", config.targeting.stop_rules, LABEL_RULES)
+    yield from evaluation_problems(config)
 
 
 def _rules(key: str, chosen: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
@@ -90,7 +92,7 @@ def _nearest(part: int, whole: int, unit: int) -> str:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.name != "micro" and not _found(model.name):
+    if model.name != "micro" and not exists_or_on_hub(model.name):
         yield Problem(
             ("model.name",),
             f"model.name={model.name} is neither micro, nor a folder that exists, nor a hub name like owner/name; "
@@ -178,7 +180,7 @@ def _data(config: Config) -> Iterator[Problem]:
                 "add data=file or leave it out",
             )
     for key, value in {"path": data.path, **files}.items():
-        if value is not None and not _found(value, HUB_DATA):
+        if value is not None and not exists_or_on_hub(value, HUB_DATA):
             yield Problem(
                 (f"data.{key}",),
                 f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
@@ -319,7 +321,7 @@ def _anchors(rl: RlConfig) -> Iterator[Problem]:
         )
 
 
-def _found(name: str, hub: re.Pattern[str] = HUB_NAME) -> bool:
+def exists_or_on_hub(name: str, hub: re.Pattern[str] = HUB_NAME) -> bool:
     """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
     return Path(name).expanduser().exists() or (
         hub.fullmatch(name) is not None and Path(name.partition(":")[0]).suffix not in FILE_SUFFIXES

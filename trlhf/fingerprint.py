@@ -30,6 +30,9 @@ ONE_DRAW = {"gsm8k": ("seed", "data.sft_prompts", "data.pool_prompts", "data.tes
 FREE = (
     *("sft.microbatch_size", "reward.microbatch_size", "rl.microbatch_size", "evaluation.batch_size"),
     *("sft.save_steps", "rl.save_steps", "sft.save_total_limit", "rl.save_total_limit"),
+    *("evaluation.suites", "evaluation.tasks", "evaluation.mirror", "evaluation.file"),  # each task is saved by itself
+    *("evaluation.judge.timeout", "evaluation.judge.retries", "evaluation.judge.backoff"),
+    *("evaluation.judge.concurrency", "evaluation.judge.url", "evaluation.judge.key_env"),
 )
 
 

@@ -17,6 +17,8 @@ from trlhf.admission import open_run
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
+from trlhf.evaluation.report import by_task, measured, print_suites
+from trlhf.evaluation.suites import wanted
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import RunDirectory, RunResult, planned
@@ -48,12 +50,12 @@ def run_pipeline(config: Config) -> RunResult:
 
         task = load_task(config)
         _tell(task.reports)
-        if todo := [name for name in planned(config) if not _up_to_date(run, name)]:
+        if todo := [name for name in planned(config) if not _up_to_date(config, run, name)]:
             task = _fit(config, run, task, todo)
         run.update_summary({"seed": config.seed, "versions": _versions()})
         stages: dict[str, Callable[..., None]] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
         for name in planned(config):
-            complete = _up_to_date(run, name)
+            complete = _up_to_date(config, run, name)
             log.info("stage %s is complete already" if complete else "stage %s", name)
             if complete and not run.interrupted(name):
                 continue
@@ -124,10 +126,14 @@ def _tell(reports: Sequence[RowReport]) -> None:
         (log.warning if report.dropped else log.info)(report.describe())
 
 
-def _up_to_date(run: RunDirectory, name: str) -> bool:
-    """Say whether a stage is complete; ``eval`` is so only for the models that there were."""
+def _up_to_date(config: Config, run: RunDirectory, name: str) -> bool:
+    """Say whether a stage is complete; ``eval`` is so only for the models that there were, and the suites asked for."""
     stage = run.stage(name)
-    return stage.done and (name != "eval" or stage.metrics().get("made") == _made(run))
+    if not stage.done or name != "eval":
+        return stage.done
+    metrics = stage.metrics()
+    asked = wanted(config.evaluation.suites, config.evaluation.tasks)
+    return metrics.get("made") == _made(run) and asked <= measured(metrics.get("suites", {}))
 
 
 def _made(run: RunDirectory) -> dict[str, str]:
@@ -139,25 +145,19 @@ def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> 
     """Leave out, before anything is trained, the prompts that leave no room for a response."""
     from trlhf.fitting import fit_task
     from trlhf.models import load_tokenizer
+    from trlhf.opening import base_tokenizer, candidates, open_tokenizer
 
-    if list(todo) == ["sft"]:
+    if list(todo) == ["sft"] or (list(todo) == ["eval"] and not _held_out(config)):
         return task
     if config.stage in ("reward", "rl"):
         tokenizer = load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
+    elif config.evaluation.model is not None:
+        tokenizer = open_tokenizer(candidates(config, run)[0], config)
     else:
-        tokenizer = _base_tokenizer(config)
+        tokenizer = base_tokenizer(config)
     task = fit_task(task, config, tokenizer, todo)
     _tell(task.reports)
     return task
-
-
-def _base_tokenizer(config: Config) -> Any:
-    from trlhf.models import load_tokenizer, model_path
-    from trlhf.sft.templates import apply_template
-
-    model = config.model
-    tokenizer = load_tokenizer(model_path(model.name), pad_token=model.pad_token, revision=model.revision)
-    return apply_template(tokenizer, config.template)
 
 
 def _sft(config: Config, run: RunDirectory, task: Task) -> None:
@@ -225,36 +225,44 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
 
 
 def _eval(config: Config, run: RunDirectory, task: Task) -> None:
-    """Evaluate the base and every stage's model that exists, on the same prompts."""
-    from trlhf.errors import UserError
+    """Evaluate the base and every stage's model that exists, or one other model: held-out prompts, then suites."""
     from trlhf.evaluation.evaluate import Evaluation, compare, describe, evaluate
-    from trlhf.models import choose_device, load_causal_lm, load_tokenizer, model_path
+    from trlhf.evaluation.published import beside
+    from trlhf.evaluation.stage import Subject, run_suites
+    from trlhf.opening import candidates, open_model, open_tokenizer
 
     stage = run.stage("eval")
     stage.reopen()
-    folders: dict[str, str] = {"base": model_path(config.model.name)}
-    folders |= {name: str(run.stage(name).path / "model") for name in ("sft", "rl") if run.stage(name).done}
-    if len(folders) == 1 and config.stage == "all":
-        raise UserError(f"{run.path}: there is no model to evaluate; run stage=sft first")
     results: dict[str, Evaluation] = {}
+    suites: dict[str, Any] = {}
     metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": _made(run)}
-    for name, folder in folders.items():
-        tokenizer = _base_tokenizer(config) if name == "base" else load_tokenizer(folder)
-        model = load_causal_lm(folder, config.model, choose_device(config))
-        with progress(f"eval: {name}", len(task.test)) as advance:
-            answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation, advance)
+    for candidate in candidates(config, run):
+        name, tokenizer, model = candidate.name, open_tokenizer(candidate, config), open_model(candidate, config)
+        if _held_out(config):
+            with progress(f"eval: {name}", len(task.test)) as advance:
+                answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation, advance)
+            results[name] = answered.with_unanswered(task.too_long, task.test_answers)
+            metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
+            stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
+        suites[name] = run_suites(Subject(name, model, tokenizer, candidate.made), config, stage)
         del model  # before the next is loaded: a model and its cycles would stay beside it
         gc.collect()
-        results[name] = answered.with_unanswered(task.too_long, task.test_answers)
-        metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
-        stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
     names = list(results)
     for before, after in pairwise(names):
         metrics["paired"][f"{before}→{after}"] = compare(
             results[before], results[after], task.taste, config.evaluation.confidence
         )
-    stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
+    if names:
+        stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
+    if config.evaluation.suites:
+        metrics["suites"] = by_task(suites)
+        metrics["published"] = beside(metrics["suites"])
     stage.complete(metrics)
+
+
+def _held_out(config: Config) -> bool:
+    """Say whether eval answers the held-out prompts: those of the run's models, and where nothing else is asked."""
+    return config.evaluation.model is None or not config.evaluation.suites
 
 
 def _close(config: Config, run: RunDirectory) -> None:
@@ -262,6 +270,8 @@ def _close(config: Config, run: RunDirectory) -> None:
     summary = run.summary()
     if "accuracy" in summary:
         print_closing_table(summary, config.evaluation.confidence)
+    if "eval" in planned(config) and config.evaluation.suites:
+        print_suites(run.stage("eval").metrics(), config.evaluation)
     labels = summary.get("labels")
     if labels:
         log.info("labels: %g of %g spent", labels["spent"], labels["budget"])
