@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trlhf.checks_mixture import found, mixture_problems
+from trlhf.checks_mixture import mixture_problems
 from trlhf.config import LABEL_RULES, UPDATE_RULES
+from trlhf.evaluation.checks import evaluation_problems
 from trlhf.hardware_checks import hardware_problems
 from trlhf.hub import DATA as HUB_DATA
-from trlhf.hub import NAME as HUB_NAME
+from trlhf.hub import exists_or_on_hub
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
@@ -38,6 +39,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _rl(config)
     yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
     yield from _rules("targeting.stop_rules", config.targeting.stop_rules, LABEL_RULES)
+    yield from evaluation_problems(config)
 
 
 def _rules(key: str, chosen: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
@@ -95,7 +97,7 @@ def _nearest(part: int, whole: int, unit: int) -> str:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.name != "micro" and not found(model.name, HUB_NAME):
+    if model.name != "micro" and not exists_or_on_hub(model.name):
         yield Problem(
             ("model.name",),
             f"model.name={model.name} is neither micro, nor a folder that exists, nor a hub name like owner/name; "
@@ -186,7 +188,7 @@ def _data(config: Config) -> Iterator[Problem]:
                 "add data=file or leave it out",
             )
     for key, value in {"path": data.path, **files}.items():
-        if value is not None and not found(value, HUB_DATA):
+        if value is not None and not exists_or_on_hub(value, HUB_DATA):
             yield Problem(
                 (f"data.{key}",),
                 f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
@@ -213,7 +215,7 @@ def _contamination(config: Config) -> Iterator[Problem]:
             "check.against=[FILE,…] without 'test'",
         )
     for name in against:
-        if name != OWN_TEST and not found(name, HUB_DATA):
+        if name != OWN_TEST and not exists_or_on_hub(name, HUB_DATA):
             yield Problem(
                 ("check.against",),
                 f"check.against=[{','.join(against)}]: {name} does not exist (seen from {Path.cwd()}), and is neither "

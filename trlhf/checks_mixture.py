@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trlhf.hub import DATA, FILE_SUFFIXES
+from trlhf.hub import DATA, exists_or_on_hub
 from trlhf.schema import Problem, show
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _source(key: str, source: SourceConfig, names: list[str]) -> Iterator[Proble
             f"{key}.path is missing; give a file, a folder or a hub name"
             + (f", or did you mean data.mixture.{near[0]}?" if near else ""),
         )
-    elif not found(source.path, DATA):
+    elif not exists_or_on_hub(source.path, DATA):
         yield Problem(
             (f"{key}.path",),
             f"{key}.path={source.path} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
@@ -92,10 +92,3 @@ def _filters(data: DataConfig) -> Iterator[Problem]:
                 f"data.filters.{key}={value} needs the package {package}, which is not installed; "
                 "pip install 'trlhf[data]', or leave it out",
             )
-
-
-def found(name: str, hub: re.Pattern[str]) -> bool:
-    """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
-    return Path(name).expanduser().exists() or (
-        hub.fullmatch(name) is not None and Path(name.partition(":")[0]).suffix not in FILE_SUFFIXES
-    )

@@ -265,13 +265,47 @@ class LabelerConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Greedy, zero-shot."""
+class JudgeConfig:
+    """Who rates open answers: any server that speaks OpenAI's chat completions."""
 
-    batch_size: int = setting(128, low=1)  # prompts decoded together
+    url: str | None = None  # such as http://localhost:8000/v1
+    model: str | None = None  # as the server calls it; MT-Bench's published figures are GPT-4's
+    key_env: str | None = None  # environment variable with the API key; null: the server wants none
+    timeout: float = setting(60.0, above=0)  # seconds for one answer
+    retries: int = setting(4, low=0)  # further attempts after a failure or an answer without a rating
+    backoff: float = setting(1.0, low=0)  # seconds before the first of them, doubled for each further one
+    concurrency: int = setting(4, low=1)  # questions under way at once
+    max_tokens: int = setting(2048, low=1)  # of an answer; https://arxiv.org/abs/2306.05685's code asks for as many
+
+
+@dataclass(frozen=True)
+class MtBenchConfig:
+    """Two-turn questions, rated from 1 to 10 (Zheng et al., https://arxiv.org/abs/2306.05685)."""
+
+    questions: str = "HuggingFaceH4/mt_bench_prompts"  # file or hub name: two turns, category, perhaps references
+    prompts: str | None = None  # YAML file with the judge's prompts; null: ours
+    max_new_tokens: int = setting(1024, low=1)  # of an answer
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy, zero-shot, on the held-out prompts; and suites, each with the protocol of ``docs/evaluation.md``."""
+
+    batch_size: int = setting(128, low=1)  # prompts decoded together; sequences scored together
     max_new_tokens: int = setting(160, low=1)
     interval: Literal["wilson", "bootstrap"] = "wilson"
     confidence: float = setting(0.95, above=0, below=1)
+    suites: list[str] = setting([])  # reasoning, open-llm-v1, gpt4all, agieval, truthfulqa, bbh, mt-bench, file
+    tasks: list[str] = setting([])  # only these of the suites' tasks; []: all
+    limit: int = setting(0, low=0)  # at most so many questions of each task; 0: all
+    model: str | None = None  # stage=eval: this model alone (folder, adapter, .gguf file or hub name), not the run's
+    file: str | None = None  # suite file: questions with answers (file, folder or hub name)
+    mirror: str | None = None  # folder that holds copies of hub data sets, as OWNER/NAME
+    chat_template: bool = False  # in lm-eval's suites; false, as on the leaderboards
+    majority: int = setting(0, low=0)  # votes per question, beside the greedy answer; 0: none
+    temperature: float = setting(0.7, above=0)  # of the votes (https://arxiv.org/abs/2203.11171, sec. 3.1)
+    mt_bench: MtBenchConfig = field(default_factory=MtBenchConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(frozen=True)

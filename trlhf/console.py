@@ -125,9 +125,19 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         yield from _lines(description, total)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-    """Print a table, also into the log file; columns but the first are aligned to the right, and long cells wrap."""
-    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "", width: int | None = None
+) -> None:
+    """Print a table, also into the log file; columns but the first are aligned to the right, and long cells wrap.
+
+    Args:
+        title: above it.
+        columns: their names.
+        rows: cells of each row.
+        caption: below it.
+        width: characters that it has at least, so that title and caption need not wrap.
+    """
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left", min_width=width)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

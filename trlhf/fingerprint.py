@@ -40,6 +40,9 @@ FREE = (
     *("sft.microbatch_size", "reward.microbatch_size", "rl.microbatch_size", "evaluation.batch_size"),
     "model.gradient_checkpointing",
     *("sft.save_steps", "rl.save_steps", "sft.save_total_limit", "rl.save_total_limit"),
+    *("evaluation.suites", "evaluation.tasks", "evaluation.mirror", "evaluation.file"),  # each task is saved by itself
+    *("evaluation.judge.timeout", "evaluation.judge.retries", "evaluation.judge.backoff"),
+    *("evaluation.judge.concurrency", "evaluation.judge.url", "evaluation.judge.key_env"),
 )
 
 

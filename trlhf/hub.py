@@ -12,9 +12,16 @@ from trlhf.errors import UserError
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DATA = re.compile(rf"{NAME.pattern}(:\w[\w./-]*)?")  # openai/gsm8k:main, Open-Orca/OpenOrca:1M-GPT4-Augmented.parquet
-FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
+FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt", ".gguf"}
 EXPORT = "refs/convert/parquet"  # the branch on which the hub keeps every data set as parquet files
 SHUFFLED = 10_000  # rows that a shuffled stream holds at a time
+
+
+def exists_or_on_hub(name: str, pattern: re.Pattern[str] = NAME) -> bool:
+    """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
+    return Path(name).expanduser().exists() or (
+        pattern.fullmatch(name) is not None and Path(name.partition(":")[0]).suffix not in FILE_SUFFIXES
+    )
 
 
 @dataclass(frozen=True)

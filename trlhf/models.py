@@ -48,15 +48,16 @@ def load_tokenizer(
     """Load a tokenizer whose pad token exists and differs from EOS.
 
     Args:
-        path: folder or hub name.
+        path: folder, .gguf file or hub name.
         pad_token: the existing token to pad with when the tokenizer names none (Mistral: ``<unk>``).
         revision: hub revision.
 
     Raises:
         UserError: nothing loadable there, no EOS, no pad token, or pad = EOS (which teaches a model never to stop).
     """
+    place, inside = _place(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False, **inside)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"tokenizer {path}: cannot be loaded ({first_line(error)}); give a folder or hub name"
@@ -87,7 +88,7 @@ def load_causal_lm(
     """Load a causal language model from safetensors, dropout off, in ``config.dtype`` on ``device``.
 
     Args:
-        path: folder or hub name.
+        path: folder, .gguf file (its weights are dequantised) or hub name.
         config: type, attention, gradient checkpointing and revision.
         device: where.
         quantized: quantise its linear layers as ``config.quantization`` says; they compute in ``config.dtype``.
@@ -98,14 +99,16 @@ def load_causal_lm(
     revision = config.revision if str(path) == config.name else None
     quantization = {"quantization_config": _nf4(config), "device_map": {"": device}} if quantized else {}
     try:
+        place, inside = _place(path)
         model = AutoModelForCausalLM.from_pretrained(
-            str(path),
+            place,
             revision=revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention_of(config, device),
             use_safetensors=True,
             trust_remote_code=False,
             **quantization,
+            **inside,
         )
     except Exception as error:  # transformers, safetensors and the hub each raise kinds of their own
         raise UserError(
@@ -125,6 +128,12 @@ def attention_of(config: ModelConfig, device: str) -> Attention:
     """Return the attention that a model computes with once it is on ``device``."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     return choose_attention(config.attention, config.dtype, device, capability)
+
+
+def _place(path: str | Path) -> tuple[str, dict[str, str]]:
+    """Return where transformers finds a model, and which file it is where it is a single one."""
+    file = Path(path)
+    return (str(file.parent), {"gguf_file": file.name}) if file.suffix == ".gguf" else (str(path), {})
 
 
 def _nf4(config: ModelConfig) -> BitsAndBytesConfig:

@@ -20,6 +20,8 @@ from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
 from trlhf.crew import connect, keep, release, together
 from trlhf.data_report import print_report, write_report
+from trlhf.evaluation.report import by_task, measured, print_suites
+from trlhf.evaluation.suites import wanted
 from trlhf.launch import check_folder, check_launch
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
@@ -86,7 +88,7 @@ def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
 
         task = without_offending(task, run.stage(CHECK))
         _tell(run, task.reports)
-    if todo := [name for name in names if not _up_to_date(run, name)]:
+    if todo := [name for name in names if not _up_to_date(config, run, name)]:
         task = _fit(config, run, task, todo)
     stages: dict[str, Work] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
     for name in names:
@@ -96,7 +98,7 @@ def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
 
 def _perform(name: str, work: Work, config: Config, run: RunDirectory, task: Task | None) -> None:
     """Do a stage's work unless it is complete, and put its news into the summary."""
-    complete = _up_to_date(run, name)
+    complete = _up_to_date(config, run, name)
     log.info("stage %s is complete already" if complete else "stage %s", name)
     if complete and not run.interrupted(name):
         return
@@ -179,10 +181,14 @@ def _tell(run: RunDirectory, reports: Sequence[RowReport]) -> None:
     write_report(run.path, reports)
 
 
-def _up_to_date(run: RunDirectory, name: str) -> bool:
-    """Say whether a stage is complete; ``eval`` is so only for the models that there were."""
+def _up_to_date(config: Config, run: RunDirectory, name: str) -> bool:
+    """Say whether a stage is complete; ``eval`` is so only for the models that there were, and the suites asked for."""
     stage = run.stage(name)
-    return stage.done and (name != "eval" or stage.metrics().get("made") == _made(run))
+    if not stage.done or name != "eval":
+        return stage.done
+    metrics = stage.metrics()
+    asked = wanted(config.evaluation.suites, config.evaluation.tasks)
+    return metrics.get("made") == _made(run) and asked <= measured(metrics.get("suites", {}))
 
 
 def _made(run: RunDirectory) -> dict[str, str]:
@@ -194,27 +200,20 @@ def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> 
     """Leave out, before anything is trained, the prompts that leave no room for a response."""
     from trlhf.fitting import fit_task
     from trlhf.models import load_tokenizer
+    from trlhf.opening import candidates, open_tokenizer
     from trlhf.sft.templates import base_tokenizer
 
-    if list(todo) == ["sft"]:
+    if list(todo) == ["sft"] or (list(todo) == ["eval"] and not _held_out(config)):
         return task
     if config.stage in ("reward", "rl"):
         tokenizer = load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
+    elif config.evaluation.model is not None:
+        tokenizer = open_tokenizer(candidates(config, run)[0], config)
     else:
         tokenizer = base_tokenizer(config)
     task = fit_task(task, config, tokenizer, todo)
     _tell(run, task.reports)
     return task
-
-
-def _plain_role(folder: str, config: Config, tokenizer: Any) -> Any:
-    from trlhf.embeddings import make_room
-    from trlhf.models import choose_device, load_causal_lm
-    from trlhf.roles import Role
-
-    model = load_causal_lm(folder, config.model, choose_device(config))
-    make_room(model, tokenizer)
-    return Role(model)
 
 
 def _sft(config: Config, run: RunDirectory, task: Task) -> None:
@@ -282,37 +281,45 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
 
 
 def _eval(config: Config, run: RunDirectory, task: Task) -> None:
-    """Evaluate the base and every stage's model that exists, on the same prompts."""
-    from trlhf.errors import UserError
+    """Evaluate the base and every stage's model that exists, or one other model: held-out prompts, then suites."""
     from trlhf.evaluation.evaluate import Evaluation, compare, describe, evaluate
-    from trlhf.models import load_tokenizer, model_path
-    from trlhf.sft.templates import base_tokenizer
+    from trlhf.evaluation.published import beside
+    from trlhf.evaluation.stage import Subject, run_suites
+    from trlhf.opening import candidates, open_role, open_tokenizer
 
     stage = run.stage("eval")
     stage.reopen()
-    folders: dict[str, str] = {"base": model_path(config.model.name)}
-    folders |= {name: str(run.stage(name).path / "model") for name in ("sft", "rl") if run.stage(name).done}
-    if len(folders) == 1 and config.stage == "all":
-        raise UserError(f"{run.path}: there is no model to evaluate; run stage=sft first")
     results: dict[str, Evaluation] = {}
+    suites: dict[str, Any] = {}
     metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": _made(run)}
-    for name, folder in folders.items():
-        tokenizer = keep(base_tokenizer, config) if name == "base" else keep(load_tokenizer, folder)
-        role = keep(_plain_role, folder, config, tokenizer)
-        with progress(f"eval: {name}", len(task.test)) as advance:
-            answered = evaluate(role, tokenizer, task.test, task.test_answers, config.evaluation, advance)
+    for candidate in candidates(config, run):
+        name, tokenizer = candidate.name, keep(open_tokenizer, candidate, config)
+        role = keep(open_role, candidate, config, tokenizer)
+        if _held_out(config):
+            with progress(f"eval: {name}", len(task.test)) as advance:
+                answered = evaluate(role, tokenizer, task.test, task.test_answers, config.evaluation, advance)
+            results[name] = answered.with_unanswered(task.too_long, task.test_answers)
+            metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
+            stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
+        suites[name] = run_suites(Subject(name, role.model, tokenizer, candidate.made), config, stage)
         del role  # before the next is loaded: a model and its cycles would stay beside it
         _let_go()
-        results[name] = answered.with_unanswered(task.too_long, task.test_answers)
-        metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
-        stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
     names = list(results)
     for before, after in pairwise(names):
         metrics["paired"][f"{before}→{after}"] = compare(
             results[before], results[after], task.taste, config.evaluation.confidence
         )
-    stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
+    if names:
+        stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
+    if config.evaluation.suites:
+        metrics["suites"] = by_task(suites)
+        metrics["published"] = beside(metrics["suites"])
     stage.complete(metrics)
+
+
+def _held_out(config: Config) -> bool:
+    """Say whether eval answers the held-out prompts: those of the run's models, and where nothing else is asked."""
+    return config.evaluation.model is None or not config.evaluation.suites
 
 
 def _close(config: Config, run: RunDirectory) -> None:
@@ -324,6 +331,8 @@ def _close(config: Config, run: RunDirectory) -> None:
         print_check(run.stage(CHECK).metrics(), run.stage(CHECK).path)
     if "accuracy" in summary:
         print_closing_table(summary, config.evaluation.confidence)
+    if "eval" in planned(config) and config.evaluation.suites:
+        print_suites(run.stage("eval").metrics(), config.evaluation)
     labels = summary.get("labels")
     if labels:
         log.info("labels: %g of %g spent", labels["spent"], labels["budget"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trlhf.checks import labels_come_with
@@ -155,7 +155,7 @@ def print_plan(config: Config) -> None:
         f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step",
     ):
         CONSOLE.print("  " + line, highlight=False)
-    shape = shape_of(config.model)
+    shape = shape_of(_loaded(config))
     if shape is None:
         CONSOLE.print(f"  memory: not estimated, the sizes of {config.model.name} are not known here", highlight=False)
         return
@@ -183,7 +183,7 @@ def announce_memory(config: Config, free: float | None) -> None:
         config: of the run.
         free: bytes that are free where it will run; None: not known.
     """
-    shape = shape_of(config.model)
+    shape = shape_of(_loaded(config))
     if shape is None:
         return
     needed = {name: sum(parts.values()) for name, parts in memory_estimate(config, shape).items()}
@@ -194,6 +194,11 @@ def announce_memory(config: Config, free: float | None) -> None:
     )  # fmt: skip
     if free is not None and needed[stage] > free:
         log.warning("memory: only %.1f GiB are free, so it may not fit; %s", free / GIB, _remedy(config))
+
+
+def _loaded(config: Config) -> ModelConfig:
+    """Return the model section, with the model's name that is really loaded."""
+    return config.model if config.evaluation.model is None else replace(config.model, name=config.evaluation.model)
 
 
 def _remedy(config: Config) -> str:
