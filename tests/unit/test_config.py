@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from trlhf.checks import HUB_DATA, HUB_NAME
 from trlhf.config import Config, build_config, check, plain
 from trlhf.errors import ConfigError
+from trlhf.hub import DATA as HUB_DATA
+from trlhf.hub import NAME as HUB_NAME
 from trlhf.schema import leaf_keys
 
 
