@@ -65,38 +65,18 @@ def shares_prompts(model: PreTrainedModel, length: int) -> bool:
     return config.model_type in SHARING and config._attn_implementation in ("sdpa", "eager") and within
 
 
-class _Prompts:
-    """Prompts padded on the left, and what the model makes of them."""
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
-        device, width = model.device, max(map(len, prompts))
-        ids = torch.tensor([[pad_id] * (width - len(tokens)) + list(tokens) for tokens in prompts], device=device)
-        self.lengths = torch.tensor([len(tokens) for tokens in prompts], device=device)
-        self.mask = (torch.arange(width, device=device)[None] >= width - self.lengths[:, None]).long()
-        self.cache = DynamicCache(config=model.config)
-        causal: Any = model
-        self.logits: Tensor = causal(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
-
 class PlainDecoder:
     """Any causal model, through its own cache: every row holds its prompt's keys and values."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], samples: int, pad_id: int) -> None:
-        read = _Prompts(model, prompts, pad_id)
         self._model: Any = model
-        self._cache = read.cache
+        self._cache = DynamicCache(config=model.config)
+        mask, logits = _read(model, prompts, pad_id, self._cache)
         if samples > 1:
             self._cache.batch_repeat_interleave(samples)
-        self.logits = read.logits.repeat_interleave(samples, 0)
-        self._mask = read.mask.repeat_interleave(samples, 0)
-        self._positions = read.lengths.repeat_interleave(samples)
+        self.logits = logits.repeat_interleave(samples, 0)
+        self._mask = mask.repeat_interleave(samples, 0)
+        self._positions = self._mask.sum(1)
 
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N V"]:
         """Append a token to every row and return the logits of the next ones."""
@@ -121,22 +101,23 @@ class PlainDecoder:
 class SharedDecoder:
     """Keys and values of prompts once, those of responses row by row; attention looks at both.
 
-    Rows that are done go on for a while without being looked at: see `LEAVE_AT`.
+    Rows that are done go on for a while without being looked at (`LEAVE_AT`).
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], samples: int, pad_id: int) -> None:
-        read = _Prompts(model, prompts, pad_id)
         self._model: Any = model
-        self.logits = read.logits.repeat_interleave(samples, 0)
-        self._positions = read.lengths.repeat_interleave(samples)
-        self._layers = [ResponseLayer() for _ in read.cache.layers]
-        self._cache = Cache(layers=list(self._layers))
-        self._tokens = torch.zeros_like(self._positions)  # of every row that is held; the others' do not matter
-        self._going = torch.arange(len(self._positions), device=model.device)  # rows that are looked at
-        found: list[Any] = read.cache.layers
+        cache = DynamicCache()  # whole, without windows: nothing reaches beyond one here
+        mask, logits = _read(model, prompts, pad_id, cache)
+        found: list[Any] = cache.layers
         held = [(layer.keys, layer.values) for layer in found]
+        self.logits = logits.repeat_interleave(samples, 0)
+        self._layers = [ResponseLayer() for _ in held]
+        self._cache = Cache(layers=list(self._layers))
         prompt_of = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
-        self._shared = SharedPrompts(held, read.mask, prompt_of)
+        self._shared = SharedPrompts(held, mask, prompt_of)
+        self._positions = mask.sum(1)[prompt_of]
+        self._tokens = torch.zeros_like(prompt_of)  # of every row that is held; the others' do not matter
+        self._going = torch.arange(len(prompt_of), device=model.device)  # rows that are looked at
 
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N V"]:
         """Append a token to every row and return the logits of the next ones."""
@@ -166,6 +147,26 @@ class SharedDecoder:
         self._tokens, self._positions = self._tokens[self._going], self._positions[self._going]
         self._shared = self._shared.select(self._going)
         self._going = torch.arange(len(self._going), device=self._going.device)
+
+
+def _read(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, cache: Cache
+) -> tuple[Int[Tensor, "P W"], Float[Tensor, "P V"]]:
+    """Fill the cache with prompts, padded on the left; return which positions are real, and the logits behind them."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(tokens)) + list(tokens) for tokens in prompts], device=model.device)
+    lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device)[None] >= width - lengths[:, None]).long()
+    causal: Any = model
+    output = causal(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return mask, output.logits[:, -1]
 
 
 @contextmanager
