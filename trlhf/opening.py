@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trlhf import files
+from trlhf import files, models
 from trlhf.config import Config
 from trlhf.embeddings import make_room
 from trlhf.errors import UserError
-from trlhf.models import choose_device, first_line, load_causal_lm, load_tokenizer, model_path
+from trlhf.models import choose_device, first_line, load_tokenizer, model_path
 from trlhf.roles import Role
 from trlhf.run import RunDirectory
 from trlhf.sft.templates import apply_template, base_tokenizer
@@ -77,13 +77,13 @@ def open_model(candidate: Candidate, config: Config) -> PreTrainedModel:
     """
     path, device = Path(candidate.path), choose_device(config)
     if not (path / ADAPTER).is_file():
-        return load_causal_lm(candidate.path, config.model, device)
+        return models.load_causal_lm(candidate.path, config.model, device)
     from peft import PeftModel
 
     if not (path / "adapter_model.safetensors").is_file():
         raise UserError(f"adapter {path}: there is no adapter_model.safetensors in it; save it with safetensors")
     quantized = config.model.quantization != "none"
-    base = load_causal_lm(_base_of(path, config), config.model, device, quantized=quantized)
+    base = models.load_causal_lm(_base_of(path, config), config.model, device, quantized=quantized)
     try:
         adapted: Any = PeftModel.from_pretrained(base, str(path), torch_device=device)
     except Exception as error:  # peft, safetensors and json each raise kinds of their own

@@ -22,6 +22,12 @@ from trlhf.models import MICRO_BASE, load_causal_lm, load_tokenizer
 THINGS = ["plums", "jars", "riders", "nails", "tiles", "pages", "eggs", "singers", "rolls", "chairs", "laps", "pears"]
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Read no data set that an earlier test, or the user, has left in the cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mirror with made-up questions in the form of AGIEval and GSM8K."""
@@ -31,11 +37,8 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "passage": f"Ann has {a} {thing}. " * (1 + a % 3) if a % 2 else None,
             "question": f"How many {thing} are {a} and {b} {thing}?",
-            "options": [
-                f"({letter}){a + b + off} {thing * (1 + off % 2)}"
-                for letter, off in zip("ABCD", (2, 0, 1, 3), strict=True)
-            ],
-            "label": "B",
+            "options": [f"({'ABCD'[place]}){a + b + (place - a) % 4} {thing}" for place in range(4)],
+            "label": "ABCD"[a % 4],
         }
         for a, b, thing in sums
     ]
@@ -103,7 +106,7 @@ def test_generated_answers_are_lm_evals(copies: Path, monkeypatch: pytest.Monkey
 
 def test_too_long_questions_are_counted(copies: Path) -> None:
     model = load_causal_lm(MICRO_BASE, ModelConfig())
-    model.config.max_position_embeddings = 64
+    model.config.max_position_embeddings = 81
     config = EvaluationConfig(mirror=str(copies), batch_size=4, limit=4)
     tokenizer = load_tokenizer(MICRO_BASE)
     found = run_task(model, tokenizer, SUITES["agieval"].tasks[7], config, "test", 0)
@@ -112,12 +115,27 @@ def test_too_long_questions_are_counted(copies: Path) -> None:
         for row in first(copies, 4)
         for choice in row["choices"]
     ]
-    assert found.truncated == sum(length > 65 for length in lengths) and 0 < found.truncated < len(lengths)
+    assert found.truncated == sum(length > 82 for length in lengths) and 0 < found.truncated < len(lengths)
 
 
 def first(copies: Path, count: int) -> list[dict[str, Any]]:
     lines = (copies / "hails/agieval-sat-math/default/test.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
+
+
+def test_a_copy_that_changed_is_read_again(copies: Path, tmp_path: Path) -> None:
+    from trlhf.evaluation.questions import load_questions
+
+    task = SUITES["reasoning"].tasks[0]
+    counts = []
+    for rows in (3, 5):
+        solved = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(rows)]
+        write_jsonl(tmp_path / "raw/train.jsonl", solved)
+        write_jsonl(tmp_path / "raw/test.jsonl", solved)
+        mirror.write_gsm8k(tmp_path / "raw", tmp_path / "mirror")
+        counts.append(len(load_questions(task, str(tmp_path / "mirror"), None)[0]))
+    counts.append(len(load_questions(task, str(copies), None)[0]))
+    assert counts == [3, 5, 4]
 
 
 def test_data_that_cannot_be_read_are_the_users_to_mend(copies: Path, tmp_path: Path) -> None:
@@ -141,7 +159,7 @@ def test_real_questions_are_answered_near_chance(shared_data: Callable[[str], Pa
     run = trlhf.run(
         [
             *("stage=eval", "evaluation=agieval", f"evaluation.mirror={tmp_path / 'mirror'}", "hardware.threads=1"),
-            *(f"evaluation.model={MICRO_BASE}", "evaluation.suites=[agieval,reasoning]", "evaluation.limit=12"),
+            *(f"evaluation.model={MICRO_BASE}", "evaluation.suites=[agieval,reasoning]", "evaluation.limit=8"),
             *("evaluation.tasks=[" + ",".join(task.name for task in SUITES["agieval"].tasks) + ",gsm8k]",),
             *("evaluation.batch_size=16", "evaluation.max_new_tokens=24", "evaluation.majority=2"),
             *(f"run.dir={tmp_path / 'run'}", "hardware.device=cpu"),
@@ -153,15 +171,16 @@ def test_real_questions_are_answered_near_chance(shared_data: Callable[[str], Pa
     tasks = metrics["suites"]["agieval"]
     assert list(tasks) == [*(task.name for task in SUITES["agieval"].tasks), "average"]
     average = tasks["average"]["model"]
-    assert (
-        average["n"] == 96
-        and average["at_chance"]
-        and average["chance"] == pytest.approx((3 * 0.25 + 5 * 0.2 - 0.05 + 0.05) / 8, abs=0.02)
-    )
-    assert [tasks[name]["model"]["n"] for name in tasks] == [12] * 8 + [96]
+    assert average["n"] == 64 and abs(average["value"] - average["chance"]) < 0.2
+    assert average["chance"] == pytest.approx((4 * 0.2 + 4 * 0.25) / 8)  # five options, four options
+    assert [tasks[name]["model"]["n"] for name in tasks] == [8] * 8 + [64]
+    for name, models in tasks.items():
+        entry = models["model"]
+        assert entry["at_chance"] == (entry["low"] <= entry["chance"] <= entry["high"]), name
+    assert sum(models["model"]["at_chance"] for models in tasks.values()) >= 7  # of nine, and at 95% each
     assert {entry["model"]["protocol"]["harness"].split()[0] for entry in tasks.values()} == {"lm-eval"}
     reasoning = metrics["suites"]["reasoning"]
-    assert list(reasoning) == ["gsm8k", "gsm8k maj@2", "gsm8k mean@2"] and reasoning["gsm8k"]["model"]["n"] == 12
+    assert list(reasoning) == ["gsm8k", "gsm8k maj@2", "gsm8k mean@2"] and reasoning["gsm8k"]["model"]["n"] == 8
     assert reasoning["gsm8k"]["model"]["value"] < 0.3
     assert set(run.summary["suites"]) == {"agieval", "reasoning"} and "accuracy" not in run.summary
     assert {row["task"] for row in metrics["published"]} >= {"gsm8k", "agieval_sat_math", "average"}

@@ -23,6 +23,8 @@ NEEDS = {
     "data=gsm8k": ["data.path=openai/gsm8k"],
     "data=file": ["data.sft=me/chats", "data.pool=me/prompts", "data.test=me/test"],
     "fit=gpu-24gb_mistral-7b": ["model=mistral-7b"],
+    "evaluation=file": ["evaluation.file=me/test"],
+    "evaluation=mt-bench": ["evaluation.judge.url=http://localhost:8000/v1", "evaluation.judge.model=judge"],
 }
 CHOICES = sorted(
     f"{folder.name}={path.stem}"
@@ -95,7 +97,7 @@ def test_every_stage_composes(stage: str) -> None:
 
 
 def test_the_choices_are_all_there() -> None:
-    assert len(CHOICES) >= 19
+    assert len(CHOICES) >= 27
 
 
 @pytest.mark.parametrize("experiment", [choice for choice in CHOICES if choice.startswith("experiment=")])

@@ -26,6 +26,7 @@ from trlhf.config import EvaluationConfig
 from trlhf.console import Advance, progress, quiet_libraries
 from trlhf.errors import UserError
 from trlhf.evaluation.means import mean_of_means, mean_summary
+from trlhf.evaluation.mirror import mirrored
 from trlhf.evaluation.statistics import Estimate
 from trlhf.evaluation.suites import SuiteTask
 from trlhf.models import first_line
@@ -153,7 +154,8 @@ def _load(task: SuiteTask, mirror: str | None) -> dict[str, Any]:
     """
     changes: dict[str, Any] = {"num_fewshot": task.shots}
     if mirror is not None:
-        changes["dataset_path"] = str((Path(mirror).expanduser() / task.data).absolute())
+        path, cache = mirrored(mirror, task.data)
+        changes |= {"dataset_path": path, "dataset_kwargs": {"cache_dir": cache}}
     group = {"group": f"trlhf_{task.name}", "task": [{"task": member, **changes} for member in task.members]}
     try:
         index = TaskManager(include_path=[TASKS / task.folder], include_defaults=False)

@@ -123,7 +123,8 @@ class Judge:
             with urllib.request.urlopen(posted, timeout=config.timeout) as answer:
                 found: Any = json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            said = error.read(500).decode(errors="replace").strip()
+            with error:
+                said = error.read(500).decode(errors="replace").strip()
             if error.code < 500 and error.code not in _PASSING:
                 raise UserError(
                     f"evaluation.judge: {url} answers {error.code} {error.reason} ({said}); check "

@@ -8,6 +8,7 @@ makes such copies from the files as their authors publish them, where there is n
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,21 @@ def write_gsm8k(source: Path, mirror: Path) -> list[RowReport]:
         reports.append(RowReport(f"{source / name}.jsonl", len(rows), len(rows)))
     _save(mirror / "openai" / "gsm8k", {"main": splits})
     return reports
+
+
+def mirrored(mirror: str, name: str) -> tuple[str, str]:
+    """Return where a mirror's copy of a data set is, and a cache folder that belongs to its present content alone.
+
+    `datasets` tells local data sets apart by their folder's name and header only: without a cache of its own, a changed
+    copy, or another mirror's, would go unnoticed.
+    """
+    import datasets
+
+    folder = (Path(mirror).expanduser() / name).absolute()
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return str(folder), str(Path(datasets.config.HF_DATASETS_CACHE) / "mirrors" / digest)
 
 
 MAKERS: dict[str, Callable[[Path, Path], list[RowReport]]] = {"agieval": write_agieval, "gsm8k": write_gsm8k}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trlhf.chats import MalformedRow, chat_from_row, context_of
 from trlhf.data import GOLD_COLUMNS, final_answer_of
 from trlhf.errors import UserError
 from trlhf.evaluation.answers import canonical_answer, extract_answer, same_answer
+from trlhf.evaluation.mirror import mirrored
 from trlhf.evaluation.suites import SuiteTask
 from trlhf.rows import Row, read_rows, spoken
 from trlhf.types import Prompt, RowReport
@@ -130,9 +130,9 @@ def _without_letter(option: str) -> str:
 def _hub_rows(name: str, configuration: str, mirror: str | None) -> Iterator[Row]:
     import datasets
 
-    path = str((Path(mirror).expanduser() / name).absolute()) if mirror else name
+    path, cache = mirrored(mirror, name) if mirror else (name, None)
     try:
-        data = datasets.load_dataset(path, configuration, split="test")
+        data = datasets.load_dataset(path, configuration, split="test", cache_dir=cache)
     except Exception as error:  # datasets, the hub and the network each raise kinds of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
