@@ -17,6 +17,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pand
 NO_TORCH = (
     *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
     *("preemption", "closing"),
+    *(f"evaluation.{name}" for name in ("suites", "checks", "protocol", "published", "report")),
 )
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")

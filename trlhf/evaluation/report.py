@@ -25,8 +25,13 @@ def by_task(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
 
 
 def measured(suites: Suites) -> set[tuple[str, str]]:
-    """Return every suite and task that there are results for."""
-    return {(suite, task) for suite, tasks in suites.items() for task in tasks}
+    """Return every suite and task that there are whole results for: none of their answers waits for a rating."""
+    return {
+        (suite, task)
+        for suite, tasks in suites.items()
+        for task, models in tasks.items()
+        if not any(entry.get("unjudged") for entry in models.values())
+    }
 
 
 def estimates(suites: Suites) -> dict[str, Any]:
