@@ -17,7 +17,7 @@ from trlhf.admission import open_run
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
-from trlhf.evaluation.report import by_task, measured, print_suites
+from trlhf.evaluation.report import by_task, joined, measured, print_suites
 from trlhf.evaluation.suites import wanted
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
@@ -232,10 +232,11 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     from trlhf.opening import candidates, open_model, open_tokenizer
 
     stage = run.stage("eval")
+    made, earlier = _made(run), stage.metrics() if stage.done else {}
     stage.reopen()
     results: dict[str, Evaluation] = {}
     suites: dict[str, Any] = {}
-    metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": _made(run)}
+    metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": made}
     for candidate in candidates(config, run):
         name, tokenizer, model = candidate.name, open_tokenizer(candidate, config), open_model(candidate, config)
         if _held_out(config):
@@ -255,7 +256,8 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     if names:
         stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
     if config.evaluation.suites:
-        metrics["suites"] = by_task(suites)
+        known = earlier.get("suites", {}) if earlier.get("made") == made else {}
+        metrics["suites"] = joined(known, by_task(suites))
         metrics["published"] = beside(metrics["suites"])
     stage.complete(metrics)
 

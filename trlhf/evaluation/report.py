@@ -24,6 +24,11 @@ def by_task(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
     return turned
 
 
+def joined(earlier: Suites, fresh: Suites) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the tasks of an earlier start and those of this one, which win."""
+    return {name: {**earlier.get(name, {}), **fresh.get(name, {})} for name in {**earlier, **fresh}}
+
+
 def measured(suites: Suites) -> set[tuple[str, str]]:
     """Return every suite and task that there are whole results for: none of their answers waits for a rating."""
     return {
