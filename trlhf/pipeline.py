@@ -20,7 +20,7 @@ from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
 from trlhf.crew import connect, keep, release, together
 from trlhf.data_report import print_report, write_report
-from trlhf.evaluation.report import by_task, measured, print_suites
+from trlhf.evaluation.report import by_task, joined, measured, print_suites
 from trlhf.evaluation.suites import wanted
 from trlhf.launch import check_folder, check_launch
 from trlhf.plan import announce_memory, print_plan
@@ -288,10 +288,11 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     from trlhf.opening import candidates, open_role, open_tokenizer
 
     stage = run.stage("eval")
+    made, earlier = _made(run), stage.metrics() if stage.done else {}
     stage.reopen()
     results: dict[str, Evaluation] = {}
     suites: dict[str, Any] = {}
-    metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": _made(run)}
+    metrics: dict[str, Any] = {"models": {}, "paired": {}, "too_long": len(task.too_long), "made": made}
     for candidate in candidates(config, run):
         name, tokenizer = candidate.name, keep(open_tokenizer, candidate, config)
         role = keep(open_role, candidate, config, tokenizer)
@@ -312,7 +313,8 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
     if names:
         stage.write_jsonl("samples.jsonl", results[names[-1]].samples(task.test_answers))
     if config.evaluation.suites:
-        metrics["suites"] = by_task(suites)
+        known = earlier.get("suites", {}) if earlier.get("made") == made else {}
+        metrics["suites"] = joined(known, by_task(suites))
         metrics["published"] = beside(metrics["suites"])
     stage.complete(metrics)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from trlhf.checks import labels_come_with
 from trlhf.config import Config, ModelConfig
 from trlhf.console import CONSOLE, print_table
+from trlhf.evaluation.suites import chosen_tasks
 from trlhf.run import planned
 
 log = logging.getLogger("trlhf")
@@ -153,11 +154,14 @@ def print_plan(config: Config) -> None:
         f"labeler {config.labeler.name}; labels by {config.targeting.acquisition}, update {config.targeting.update}",
         f"rl: {rl.algorithm}, {rl.rounds} rounds of {rl.steps_per_round} steps, "
         f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step",
+        *_suites(config),
     ):
         CONSOLE.print("  " + line, highlight=False)
     shape = shape_of(_loaded(config))
     if shape is None:
-        CONSOLE.print(f"  memory: not estimated, the sizes of {config.model.name} are not known here", highlight=False)
+        CONSOLE.print(
+            f"  memory: not estimated, the sizes of {_loaded(config).name} are not known here", highlight=False
+        )
         return
     estimate = memory_estimate(config, shape)
     if not estimate:
@@ -194,6 +198,15 @@ def announce_memory(config: Config, free: float | None) -> None:
     )  # fmt: skip
     if free is not None and needed[stage] > free:
         log.warning("memory: only %.1f GiB are free, so it may not fit; %s", free / GIB, _remedy(config))
+
+
+def _suites(config: Config) -> list[str]:
+    """Return a line on the suites, where there are some and they are asked."""
+    chosen = chosen_tasks(config.evaluation.suites, config.evaluation.tasks)
+    if not chosen or "eval" not in planned(config):
+        return []
+    named = ", ".join(f"{suite.name} ({', '.join(task.name for task in tasks)})" for suite, tasks in chosen)
+    return [f"suites: {named}; for {config.evaluation.model or 'the base and every model of the run'}"]
 
 
 def _loaded(config: Config) -> ModelConfig:

@@ -18,6 +18,7 @@ NO_TORCH = (
     *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
     *("preemption", "closing", "hardware", "hardware_checks", "attention"),
     *("contamination.grams", "contamination.near", "contamination.ngrams", "contamination.compare"),
+    *(f"evaluation.{name}" for name in ("suites", "checks", "protocol", "published", "report")),
 )
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import trlhf
 from trlhf.config import EvaluationConfig, JudgeConfig, ModelConfig, MtBenchConfig
 from trlhf.errors import UserError
 from trlhf.evaluation.judge import Judge
@@ -24,6 +26,7 @@ from trlhf.evaluation.mt_bench import (
     rate_answers,
     two_turns_from_rows,
 )
+from trlhf.files import write_jsonl
 from trlhf.models import MICRO_BASE, load_causal_lm, load_tokenizer
 from trlhf.rows import Row
 from trlhf.types import Message
@@ -254,3 +257,42 @@ def test_no_rating_at_all_is_no_number(serve: Any, tmp_path: Path) -> None:
     asked = judge(serve(lambda text, before: says("?")), tmp_path / "ratings.jsonl", retries=0)
     found = rate_answers(QUESTIONS, {"81": ["a", "b"]}, asked, load_prompts(None), 0.95, 0)
     assert (found.estimate, found.parts, found.unjudged, found.too_long) == (None, {}, 2, 1)
+
+
+def test_a_model_is_rated_and_missing_ratings_are_asked_for_again(serve: Any, tmp_path: Path) -> None:
+    """The whole stage: the second start asks for what the first one got no rating for, and for nothing else."""
+    mended = threading.Event()
+
+    def script(text: str, before: int) -> Reply:
+        return says("Rating: [[3]]") if "Times 2?" not in text or mended.is_set() else says("No idea.")
+
+    server = serve(script)
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["Write.", "Shorter."]},
+        {"question_id": 111, "category": "math", "turns": ["2+2?", "Times 2?"], "reference": ["4", "8"]},
+    ]
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    overrides = [
+        *("stage=eval", "evaluation=mt-bench", f"evaluation.model={MICRO_BASE}", f"run.dir={tmp_path / 'run'}"),
+        *(f"evaluation.mt_bench.questions={tmp_path / 'questions.jsonl'}", "evaluation.mt_bench.max_new_tokens=6"),
+        *(f"evaluation.judge.url={server.url}", "evaluation.judge.model=judge", "evaluation.judge.backoff=0.001"),
+        *("evaluation.judge.retries=1", "hardware.device=cpu", "hardware.threads=1"),
+    ]
+    threads = torch.get_num_threads()
+    first = trlhf.run(overrides).summary["suites"]["mt-bench"]["mt-bench"]["model"]
+    assert (first["value"], first["n"]) == (3.0, 2) and sum(server.counts.values()) == 5
+    mended.set()
+    trlhf.run(overrides)
+    assert sum(server.counts.values()) == 6
+    trlhf.run(overrides)
+    assert sum(server.counts.values()) == 6
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    metrics = json.loads((tmp_path / "run/eval/metrics.json").read_text(encoding="utf-8"))
+    entry = metrics["suites"]["mt-bench"]["mt-bench"]["model"]
+    assert entry["metric"] == "rating" and "unjudged" not in entry and entry["members"]["turn 2"]["value"] == 3.0
+    (row,) = metrics["published"]
+    assert (row["published"], row["here"]) == ("6.86", "3.00 (model)")
+    assert "rated by judge with our prompts" in row["difference"] and "GPT-4" in row["difference"]
+    log = (tmp_path / "run/trlhf.log").read_text(encoding="utf-8")
+    assert "mt-bench: 1 answers of model have no rating: no rating such as [[7]] in its answer" in log

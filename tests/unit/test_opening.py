@@ -20,6 +20,7 @@ from trlhf.models import load_causal_lm, load_tokenizer
 from trlhf.opening import Candidate, open_model, open_tokenizer
 
 TEXT = "User: what is 2 plus 3? AI:"
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 
 
 @pytest.fixture(autouse=True)

@@ -231,3 +231,13 @@ def test_a_table_says_where_guessing_is_as_good(capsys: pytest.CaptureFixture[st
     assert "25.0† [15.0, 35.0]" in out and "50.0 [40.0, 60.0]" in out
     assert "† no better or worse than guessing (20 percent) as far as the interval tells" in out
     assert "7 sequences were longer than the model's context and lost their beginning: agieval_sat_en (sft) 7" in out
+
+
+def test_tasks_of_an_earlier_start_stay() -> None:
+    """And one whose answers wait for a rating is not whole yet."""
+    earlier = {"a": {"x": {"rl": {"value": 1}}, "y": {"rl": {"value": 2}}}, "b": {"z": {"rl": {"value": 3}}}}
+    fresh = {"a": {"y": {"rl": {"value": 4, "unjudged": 1}}}, "c": {"w": {"rl": {"value": 5}}}}
+    found = report.joined(earlier, fresh)
+    values = {suite: {task: models["rl"]["value"] for task, models in tasks.items()} for suite, tasks in found.items()}
+    assert values == {"a": {"x": 1, "y": 4}, "b": {"z": 3}, "c": {"w": 5}}
+    assert report.measured(found) == {("a", "x"), ("b", "z"), ("c", "w")}

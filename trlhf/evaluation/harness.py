@@ -199,6 +199,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
+    quiet_libraries()
     lm_eval.api.task.tqdm = partial(bar, disable=True)
     try:
         yield

@@ -10,7 +10,7 @@ import http.client
 import json
 import os
 import re
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -65,6 +65,7 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, cache: Path) -> None:
         self._config, self._cache = config, cache
+        self._stopping = threading.Event()  # ends the pauses when the work is broken off
         self._known = {row["key"]: Rating(**row["rating"]) for row in files.read_jsonl(cache)}
 
     def rate(
@@ -89,6 +90,7 @@ class Judge:
                         files.append_json(self._cache, {"key": key, "rating": asdict(rating)})
                     advance(1)
             except BaseException:
+                self._stopping.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [self._known.get(key) or failed[key] for key in keys]
@@ -101,14 +103,15 @@ class Judge:
         """Ask until there is a rating, ``retries`` times more at most."""
         error = _NoRating("never asked")
         for attempt in range(self._config.retries + 1):
-            if attempt:
-                time.sleep(min(LONGEST_WAIT, max(error.wait, self._config.backoff * 2 ** (attempt - 1))))
+            pause = min(LONGEST_WAIT, max(error.wait, self._config.backoff * 2 ** (attempt - 1))) if attempt else 0.0
+            if self._stopping.wait(pause):
+                break
             try:
                 text = self._complete(request)
                 return Rating(rating_in(text), text, None, attempt + 1)
             except _NoRating as failure:
                 error = failure
-        return Rating(None, error.text, str(error), self._config.retries + 1)
+        return Rating(None, error.text, str(error), attempt + 1)
 
     def _complete(self, request: Sequence[Message]) -> str:
         """Return what the server answers."""

@@ -69,8 +69,8 @@ class Protocol:
             yield "with chat template, here without" if self.chat_template else "no chat template, here with"
         if self.harness is not None and self.harness != here.harness:
             yield f"{self.harness}, here {here.harness}"
-        if self.note:
-            yield self.note
+        if self.note or here.note:
+            yield f"{self.note or 'not stated'}, here {here.note}" if here.note else self.note
 
 
 def _shots(count: int | None) -> str:

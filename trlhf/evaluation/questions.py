@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trlhf.chats import MalformedRow, chat_from_row, context_of
+from trlhf.console import quiet_libraries
 from trlhf.data import GOLD_COLUMNS, final_answer_of
 from trlhf.errors import UserError
 from trlhf.evaluation.answers import canonical_answer, extract_answer, same_answer
@@ -130,6 +131,7 @@ def _without_letter(option: str) -> str:
 def _hub_rows(name: str, configuration: str, mirror: str | None) -> Iterator[Row]:
     import datasets
 
+    quiet_libraries()
     path, cache = mirrored(mirror, name) if mirror else (name, None)
     try:
         data = datasets.load_dataset(path, configuration, split="test", cache_dir=cache)

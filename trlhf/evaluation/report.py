@@ -24,9 +24,19 @@ def by_task(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, 
     return turned
 
 
+def joined(earlier: Suites, fresh: Suites) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the tasks of an earlier start and those of this one, which win."""
+    return {name: {**earlier.get(name, {}), **fresh.get(name, {})} for name in {**earlier, **fresh}}
+
+
 def measured(suites: Suites) -> set[tuple[str, str]]:
-    """Return every suite and task that there are results for."""
-    return {(suite, task) for suite, tasks in suites.items() for task in tasks}
+    """Return every suite and task that there are whole results for: none of their answers waits for a rating."""
+    return {
+        (suite, task)
+        for suite, tasks in suites.items()
+        for task, models in tasks.items()
+        if not any(entry.get("unjudged") for entry in models.values())
+    }
 
 
 def estimates(suites: Suites) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _remembered(
     of = {"made": subject.made, "data": task.data or config.evaluation.file}
     if path.exists():
         kept: dict[str, Any] = files.read_json(path)
-        if kept["of"] == of:
+        if kept["of"] == of and not any(entry.get("unjudged") for entry in kept["entries"].values()):
             log.info("%s: %s of %s is done already", subject.name, task.name, suite.name)
             return dict(kept["entries"])
     entries, samples = _run(subject, config, stage, suite, task)
