@@ -12,8 +12,10 @@ import gc
 import io
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,7 +28,8 @@ T = TypeVar("T")
 WORKING = timedelta(minutes=30)  # that a process waits for the others inside of what they do together
 WAITING = timedelta(days=90)  # that the followers wait for the leader, who may be waiting for people's labels
 LAST_WORDS = 10.0  # seconds that a process which failed leaves the leader to say so
-ENDED, FAILED = "ended", "failed"  # keys of the store that all processes share
+ENDED, FAILED, GONE = "ended", "failed", "gone"  # keys of the store that all processes share
+ABOUT_OTHERS = ("onnection", "roken pipe", "ocket", "gloo")  # in the messages of what happens when one leaves
 LEFT = "another of the {} processes has gone without a word (killed, out of memory?): {}; the same command continues"
 OVER, QUIT = "over", "quit"
 
@@ -66,7 +69,7 @@ class Crew:
         self.rank, self.size, self.inside = rank, size, False
         self._torch, self._distributed = torch, distributed
         self._store = PrefixStore("trlhf", store)
-        self._control = distributed.new_group(backend="gloo", timeout=WAITING)
+        self._control: Any = distributed.new_group(backend="gloo", timeout=WAITING)
         self._kept: list[Any] = []
         self._places: dict[int, tuple[int, str | None]] = {}
 
@@ -124,7 +127,9 @@ class Crew:
         self._store.set(ENDED, str(status))
         if status == 0:
             self._send(QUIT)
-        self._distributed.destroy_process_group()
+        self._part()
+        if status:  # the store may live in this process: let them read why
+            self._said([f"{GONE}{rank}" for rank in range(1, self.size)], LAST_WORDS)
 
     def serve(self) -> int:
         """Follow to the end of all; return this process's exit status. The leader speaks for all, if it still can."""
@@ -133,9 +138,18 @@ class Crew:
                 while self.follow() != QUIT:
                     self.let_go()
         except BaseException as error:
-            return self._failed(error)
-        self._distributed.destroy_process_group()
+            status = self._failed(error)
+            with suppress(Exception):
+                self._store.set(f"{GONE}{self.rank}", "")
+            return status
+        self._part()
         return 0
+
+    def _part(self) -> None:
+        """Close the connections; they stay open as long as anything here knows the group."""
+        self._control = None
+        self._distributed.destroy_process_group()
+        gc.collect()
 
     def _failed(self, error: BaseException) -> int:
         ended = self._status_of_leader()
@@ -143,35 +157,48 @@ class Crew:
             return ended or 1
         if isinstance(error, preemption.Preempted) or preemption.requested():
             return preemption.EXIT_STATUS
-        left = isinstance(error, RuntimeError) and "onnection" in str(error)
+        left = self._is_about_others(error)
         known = left or isinstance(error, UserError)
         told = LEFT.format(self.size, str(error).partition("\n")[0]) if left else str(error)
         if not known:
             told = f"{type(error).__name__}: {error}"
         if not left:
-            self._store.set(FAILED, f"process {self.rank} of {self.size}: {told}")
+            with suppress(Exception):
+                self._store.set(FAILED, f"process {self.rank} of {self.size}: {told}")
         if not known:
             traceback.print_exception(error)
-        self._distributed.destroy_process_group()  # so that nobody waits for this one
+        self._part()  # so that nobody waits for this one
         if self._status_of_leader(LAST_WORDS) is None and known:
             print(f"trlhf: process {self.rank} of {self.size}: {told}", flush=True)
         return 2 if known else 1
 
     def _status_of_leader(self, seconds: float = 0.5) -> int | None:
         """Return with which status the leader has ended; None if it has not, or nobody can tell any more."""
-        try:
-            self._store.wait([ENDED], timedelta(seconds=seconds))
-            return int(self._store.get(ENDED))
-        except Exception:  # torch raises kinds of its own, by version
-            return None
+        return int(self._store.get(ENDED)) if self._said([ENDED], seconds) else None
 
     def _told_of_failure(self, error: RuntimeError) -> str | None:
         """Return why another process left, if that is what an error of ours is about."""
-        try:
-            self._store.wait([FAILED], timedelta(seconds=2))
+        left = self._is_about_others(error)
+        if self._said([FAILED], LAST_WORDS / 2 if left else 0):
             return self._store.get(FAILED).decode()
-        except Exception:  # nobody said so
-            return LEFT.format(self.size, str(error).partition("\n")[0]) if "onnection" in str(error) else None
+        return LEFT.format(self.size, str(error).partition("\n")[0]) if left else None
+
+    def _is_about_others(self, error: BaseException) -> bool:
+        """Say whether an error of ours comes of another process that has left."""
+        if not isinstance(error, RuntimeError):
+            return False
+        return isinstance(error, self._distributed.DistError) or any(word in str(error) for word in ABOUT_OTHERS)
+
+    def _said(self, keys: list[str], seconds: float) -> bool:
+        """Wait for keys in the store; False if they do not come, or nobody can tell any more."""
+        until = time.monotonic() + seconds
+        with suppress(Exception):  # torch raises kinds of its own, by version
+            while not self._store.check(keys):
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.02)
+            return True
+        return False
 
     def _register(self, made: Any) -> None:
         number = len(self._kept)
