@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from trlhf.config import Config, ModelConfig
 from trlhf.console import CONSOLE, print_table
 from trlhf.evaluation.suites import chosen_tasks
 from trlhf.run import planned
+from trlhf.schema import show
 
 log = logging.getLogger("trlhf")
 GIB = 2**30
@@ -154,9 +156,10 @@ def print_plan(config: Config) -> None:
         f"labeler {config.labeler.name}; labels by {config.targeting.acquisition}, update {config.targeting.update}",
         f"rl: {rl.algorithm}, {rl.rounds} rounds of {rl.steps_per_round} steps, "
         f"{rl.prompts_per_step} prompts x {rl.samples_per_prompt} samples a step",
+        *_mixture(config),
         *_suites(config),
     ):
-        CONSOLE.print("  " + line, highlight=False)
+        CONSOLE.print("  " + line, highlight=False, markup=False)
     shape = shape_of(_loaded(config))
     if shape is None:
         CONSOLE.print(
@@ -220,6 +223,21 @@ def _remedy(config: Config) -> str:
     if not config.model.lora.enabled:
         return f"{remedy}; or model.lora.enabled=true"
     return remedy if config.model.quantization != "none" else f"{remedy}; or model.quantization=nf4"
+
+
+def _mixture(config: Config) -> Iterator[str]:
+    """Yield a line on the data sets of a mixture, and one on the filters."""
+    sources = [
+        f"{name} ({source.path}"
+        + (f", at most {source.cap}" if source.cap else "")
+        + (f", x {source.weight:g})" if source.weight != 1 else ")")
+        for name, source in config.data.mixture.items()
+    ]
+    if sources:
+        yield f"mixture: {', '.join(sources)}"
+    filters = [f"{name}={show(value)}" for name, value in vars(config.data.filters).items() if value]
+    if filters:
+        yield f"filters: {', '.join(filters)}"
 
 
 def _labels_of_the_reward_stage(config: Config) -> str:
