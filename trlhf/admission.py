@@ -32,6 +32,8 @@ def open_run(config: Config, root: Path = ROOT) -> RunDirectory:
     Raises:
         UserError: another process is writing there; or a stage in it was made with other values.
     """
+    if config.run.dir is None and not planned(config):
+        raise UserError(f"run.dir is missing: stage={config.stage} tells of a run that is there; give run.dir=DIR")
     if config.run.dir is not None:
         run = RunDirectory(Path(config.run.dir).expanduser())
         run.lock()
@@ -61,6 +63,8 @@ def _admit(run: RunDirectory, config: Config) -> None:
             + "\ngive the old values, or another run.dir for the new ones; or delete the folders of these stages, "
             "which are then made again (labels are kept)"
         )
+    if not planned(config):
+        return
     run.continued = (run.path / "run.json").exists()
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
     for name in planned(config):

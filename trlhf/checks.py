@@ -13,6 +13,7 @@ from trlhf.config import LABEL_RULES, UPDATE_RULES
 from trlhf.evaluation.checks import evaluation_problems
 from trlhf.hardware_checks import hardware_problems
 from trlhf.hub import DATA as HUB_DATA
+from trlhf.hub import NAME as HUB_NAME
 from trlhf.hub import exists_or_on_hub
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
@@ -35,6 +36,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _data(config)
     yield from _contamination(config)
     yield from mixture_problems(config.data)
+    yield from _push(config)
     yield from _labels(config)
     yield from _rl(config)
     yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
@@ -221,6 +223,21 @@ def _contamination(config: Config) -> Iterator[Problem]:
                 f"check.against=[{','.join(against)}]: {name} does not exist (seen from {Path.cwd()}), and is neither "
                 "'test' (the run's own test set) nor a hub name like owner/name; correct the path",
             )
+
+
+def _push(config: Config) -> Iterator[Problem]:
+    if config.push is None:
+        return
+    if not HUB_NAME.fullmatch(config.push):
+        yield Problem(
+            ("push",), f"push={config.push} is no repository on the hub; give push=OWNER/NAME, the owner being yourself"
+        )
+    if config.stage not in ("all", "card"):
+        yield Problem(
+            ("push", "stage"),
+            f"push={config.push} uploads a finished model with its card, which stage={config.stage} does not write; "
+            "use stage=card afterwards",
+        )
 
 
 def labels_come_with(data: DataConfig) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trlhf.errors import ConfigError
 from trlhf.schema import build, setting
 
-Stage = Literal["all", "check", "sft", "reward", "rl", "eval"]
+Stage = Literal["all", "check", "sft", "reward", "rl", "eval", "card"]
 Acquisition = Literal[
     "uniform",
     "frontier",
@@ -121,6 +121,17 @@ class CheckConfig:
     against: list[str] = setting([])  # files, folders, hub names; "test": the run's own test set; none: that one alone
     ngram: int = setting(13, low=0)  # words; 0: no n-grams. https://arxiv.org/abs/2005.14165, appendix C
     overlap: float = setting(0.7, above=0, high=1)  # of an item's n-grams in one row; https://arxiv.org/abs/2204.02311
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """What the model card says and only the user knows; ``docs/model-card.md``."""
+
+    name: str | None = None  # of the model; null: that of `push`, else base and algorithm
+    license: str | None = None  # as the hub spells it, apache-2.0 for instance; null: the card states none
+    language: list[str] = setting(["en"])  # ISO 639
+    datasets: list[str] = setting([])  # names on the hub, beside those that data.* names
+    private: bool = True  # a repository that `push` makes
 
 
 @dataclass(frozen=True)
@@ -327,6 +338,7 @@ class Config:
     seed: int = setting(0, low=0, below=2**32)  # every stage derives its own generators from it
     dry_run: bool = False  # print the plan and stop
     experiment: str | None = None  # label of the recipe that was composed
+    push: str | None = None  # repository on the hub to upload model and card to, at the end and by stage=card
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -339,6 +351,7 @@ class Config:
     labeler: LabelerConfig = field(default_factory=LabelerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
 
 def build_config(values: Mapping[str, Any]) -> Config:

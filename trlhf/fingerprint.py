@@ -33,6 +33,8 @@ RELEVANT = {
     "rl": (*_SAMPLING, "rl", "targeting", "labeler"),
     "eval": ("seed", *_BASE, *_EVAL_MODEL, "data.test", "data.test_prompts", "evaluation"),
 }
+# What the stages learn from.
+DATA = tuple(f"data.{name}" for name in ("name", "path", "sft", "sft_prompts", "pool", "pool_prompts", "labels"))
 # One draw splits GSM8K, so that no part shares a question with another: every stage depends on all of its counts.
 ONE_DRAW = {"gsm8k": ("seed", "data.sft_prompts", "data.pool_prompts", "data.test_prompts")}
 # How much is done at a time, and how often the state is saved: free to change, after running out of memory, say.
@@ -86,8 +88,9 @@ def _shared(stage: str, running: str) -> tuple[str, ...]:
     """Return the keys in which the results of one stage must agree with the run of another (or the same)."""
     if stage == running:
         return RELEVANT[stage]
-    if "check" in (stage, running):  # whose results count only for runs that look at them, and so check themselves
-        return ()
+    if "check" in (stage, running):  # it tells of the data that a stage learns from, and of nothing else in it
+        learned = RELEVANT[stage if running == "check" else running] if "eval" not in (stage, running) else ()
+        return tuple(key for key in learned if key == "seed" or key in DATA)
     if "eval" in (stage, running):
         return _BASE if running == "eval" else ()
     return RELEVANT[min(stage, running, key=list(RELEVANT).index)]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trlhf import __version__
 from trlhf.admission import open_run
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
@@ -27,6 +24,7 @@ from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import CHECK, RunDirectory, RunResult, planned
 from trlhf.types import Label, RowReport
+from trlhf.versions import commit, versions
 
 if TYPE_CHECKING:
     from trlhf.ledger import Ledger
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trlhf")
 Work = Callable[[Config, RunDirectory, Any], None]  # Any: the task
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "hydra-core", "scipy")
 
 
 def run_pipeline(config: Config) -> RunResult:
@@ -65,13 +62,16 @@ def _lead(config: Config) -> RunResult:
         setup_logging(run.path)
         release()  # what a run before this one, which failed, may have left
         check_folder(run)
-        run.update_summary({"seed": config.seed, "versions": _versions()})
+        if planned(config):
+            run.update_summary({"seed": config.seed, "versions": versions()})
         names = [name for name in planned(config) if name != CHECK]
         if CHECK in planned(config):
             _perform(CHECK, _check, config, run, None)
         if names:
             _learn(config, run, names)
         _close(config, run)
+        if config.stage in ("all", "card"):
+            _card(config, run)
         return RunResult(run.path, run.summary())
 
 
@@ -104,6 +104,7 @@ def _perform(name: str, work: Work, config: Config, run: RunDirectory, task: Tas
         return
     with run.clock(name):
         if not complete:
+            run.update_summary({"commits": {name: commit()}})
             work(config, run, task)
         run.stage(name).tidy()
         run.update_summary(news_of(name, run.stage(name).metrics()))
@@ -118,6 +119,16 @@ def _check(config: Config, run: RunDirectory, _: None) -> None:
     if config.stage == CHECK:  # else the stages that follow tell
         _tell(run, task.reports)
     run_check(config, task, run.stage(CHECK))
+
+
+def _card(config: Config, run: RunDirectory) -> None:
+    """Write the model card beside the weights, and upload both where ``push`` says so."""
+    from trlhf.card.push import push
+    from trlhf.card.write import write_cards
+
+    folders = write_cards(config, run)
+    if config.push:
+        push(folders, config.push, config.card)
 
 
 def _prepare_torch(config: Config) -> None:
@@ -158,19 +169,6 @@ def _let_go() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _versions() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
-    return {"python": platform.python_version(), "trlhf": __version__, **versions}
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _tell(run: RunDirectory, reports: Sequence[RowReport]) -> None:

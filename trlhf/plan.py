@@ -145,7 +145,8 @@ def print_plan(config: Config) -> None:
     rl = config.rl
     CONSOLE.print(f"[bold]plan[/bold] (dry_run=true: nothing is started){_named(config)}")
     for line in (
-        f"stages: {', '.join(planned(config))}; seed {config.seed}; results in {config.run.dir or 'runs/<date>'}",
+        f"stages: {', '.join(planned(config) or (config.stage,))}; seed {config.seed}; "
+        f"results in {config.run.dir or 'runs/<date>'}",
         f"model: {config.model.name}, {config.model.dtype}, "
         + ("NF4 base, " if config.model.quantization == "nf4" else "")
         + (f"LoRA r={config.model.lora.r}" if config.model.lora.enabled else "all weights trained")

@@ -246,7 +246,9 @@ class RunDirectory:
 
 
 def planned(config: Config) -> tuple[str, ...]:
-    """Return the stages that a configuration runs, in order."""
+    """Return the stages that a configuration runs, in order; none for ``stage=card``, which only tells of them."""
+    if config.stage == "card":
+        return ()
     stages = STAGES if config.stage == "all" else (config.stage,)
     first = config.data.decontaminate and not {"sft", "reward", "rl"}.isdisjoint(stages)
     return (CHECK, *stages) if first else stages

@@ -18,7 +18,7 @@ from trlhf.config import Config, build_config, plain
 from trlhf.errors import ConfigError, UserError
 
 CONF = Path(trlhf.__file__).parent / "conf"
-STAGES = ["all", "check", "sft", "reward", "rl", "eval"]
+STAGES = ["all", "check", "sft", "reward", "rl", "eval", "card"]
 NEEDS = {
     "data=gsm8k": ["data.path=openai/gsm8k"],
     "data=file": ["data.sft=me/chats", "data.pool=me/prompts", "data.test=me/test"],
@@ -176,7 +176,7 @@ def test_all_kinds_of_mistakes_in_one_message() -> None:
         "targeting.budget=0 must be at least 1: without labels nothing can be learned; "
         "give the number of labels you can pay for",
         "foo=1: there is no such key (a leading + does not make one); "
-        "the top level has stage, seed, dry_run, experiment",
+        "the top level has stage, seed, dry_run, experiment, push",
     )
 
 

@@ -49,9 +49,9 @@ def test_all_problems_come_in_one_error() -> None:
         "rl.gamma=2 must be greater than 0 and at most 1; give a value in that range",
         "targeting.budget=0 must be at least 1: without labels nothing can be learned; "
         "give the number of labels you can pay for",
-        "stage=sfft must be one of all, check, sft, reward, rl, eval; did you mean sft?",
+        "stage=sfft must be one of all, check, sft, reward, rl, eval, card; did you mean sft?",
         "bar=1: there is no such key (a leading + does not make one); "
-        "the top level has stage, seed, dry_run, experiment",
+        "the top level has stage, seed, dry_run, experiment, push",
     )
 
 

@@ -373,6 +373,11 @@ def test_other_sets_make_another_check_but_leave_the_stages_alone() -> None:
     assert differences("check", ["check", "sft"], plain(old), plain(new)) == ["check.ngram was 13, now 8"]
     assert not differences("check", ["sft"], plain(old), plain(new))
     assert not differences("sft", ["check"], plain(build_config({"sft": {"epochs": 1.0}})), plain(new))
+    fewer = build_config({"data": {"sft_prompts": 9}})  # a card must not tell of other data than were learned from
+    assert differences("check", ["sft"], plain(old), plain(fewer)) == ["data.sft_prompts was 600, now 9"]
+    assert differences("sft", ["check"], plain(old), plain(fewer)) == ["data.sft_prompts was 600, now 9"]
+    assert not differences("rl", ["check"], plain(old), plain(fewer))
+    assert not differences("eval", ["check"], plain(old), plain(fewer))
     cleaned = build_config({"data": {"decontaminate": True}})
     for stage in ("sft", "reward", "rl"):
         assert differences(stage, [stage], plain(old), plain(cleaned)) == ["data.decontaminate was False, now True"]
