@@ -25,7 +25,7 @@ CHATML = ["jackalope", "mistral-orca"]
 SIZES = [
     *("model=micro", "hardware.device=cpu", "hardware.threads=1"),
     *("sft.epochs=1", "sft.batch_size=8", "sft.microbatch_size=8"),
-    *("data.test_prompts=2", "evaluation.max_new_tokens=8"),
+    *("data.test_prompts=2", "evaluation.max_new_tokens=8", "evaluation.suites=[]"),  # their data sets are on the hub
 ]
 RL_SIZES = [
     *("data.pool_prompts=12", "reward.labels=8", "reward.samples_per_prompt=2", "reward.epochs=1"),
@@ -34,6 +34,22 @@ RL_SIZES = [
     *("rl.unverified_share=1", "rl.anchor_prompts=2", "targeting.samples_per_prompt=2", "targeting.candidates=8"),
     *("targeting.budget=12",),
 ]
+
+
+SUITES = {
+    "cerebrum-7b": ["reasoning"],
+    "collective-cognition": ["truthfulqa", "gpt4all", "agieval"],
+    "capybara": ["open-llm-v1"],
+    "jackalope": ["open-llm-v1"],
+    "mistral-orca": ["open-llm-v1", "agieval", "bbh", "gpt4all"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_judged_by_what_its_card_reports(recipe: str) -> None:
+    config = compose([f"experiment={recipe}"]).configs[0]
+    assert config.evaluation.suites == SUITES[recipe]
+    assert (recipe == "capybara") == bool(config.check.against)
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ from trlhf.types import Label, Prompt, Question
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 ROOT = Path(trlhf.__file__).parents[1]
 BUDGET = 20
-RECIPE = ["experiment=cerebrum-7b", "model=micro"]
+RECIPE = ["experiment=cerebrum-7b", "model=micro", "evaluation.suites=[]"]
 SIZES = [
     "data.sft_prompts=48",
     "data.pool_prompts=48",
