@@ -241,3 +241,13 @@ def test_tasks_of_an_earlier_start_stay() -> None:
     values = {suite: {task: models["rl"]["value"] for task, models in tasks.items()} for suite, tasks in found.items()}
     assert values == {"a": {"x": 1, "y": 4}, "b": {"z": 3}, "c": {"w": 5}}
     assert report.measured(found) == {("a", "x"), ("b", "z"), ("c", "w")}
+
+
+def test_published_figures_stand_beside_with_what_was_done_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    here = entry(0.25, Protocol("lm-eval 0.4.13", "acc_norm", 0, 1, False))
+    suites = {"agieval": {"agieval_sat_en": {"rl": here}, "agieval_sat_math": {"rl": here}}}
+    report.print_suites({"suites": suites, "published": beside(suites)}, EvaluationConfig(suites=["agieval"]))
+    out = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["│", "agieval_sat_en", "│", "25.0", "(rl)", "│", "48.54", "a", "│", "56.31", "a", "│"] in out
+    assert any(line[:4] == ["a:", "shots", "not", "stated,"] and line[-1] == "0.4.13" for line in out)
+    assert sum(line[:1] == ["a:"] for line in out) == 1 and not any(line[:1] == ["b:"] for line in out)

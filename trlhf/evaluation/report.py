@@ -66,14 +66,26 @@ def print_suites(metrics: Mapping[str, Any], config: EvaluationConfig) -> None:
         if config.limit:
             title += f", the first {config.limit} questions of each task"
         print_table(title, ["", "shots", *names], rows, caption="\n".join(_captions(tasks)), width=80)
-    beside = [row for row in metrics.get("published", ()) if row["suite"] in config.suites]
-    if beside:
-        print_table(
-            "Published for the same tasks, each measured in its own way",
-            ["task", "model", "published", "here", "difference in protocol"],
-            [[row["task"], row["model"], row["published"], row["here"], row["difference"]] for row in beside],
-            caption="sources: trlhf/evaluation/published.yaml",
-        )
+        beside = [row for row in metrics.get("published", ()) if row["suite"] == suite]
+        if beside:
+            _print_published(suite, beside)
+
+
+def _print_published(suite: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print one column for each published model; a letter at each figure leads to what was done otherwise."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    notes = {text: chr(ord("a") + place) for place, text in enumerate(dict.fromkeys(row["difference"] for row in rows))}
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        line = cells.setdefault(row["task"], {"here": row["here"]})
+        line[row["model"]] = f"{row['published']} {notes[row['difference']]}"
+    print_table(
+        f"{suite}: as published, each measured in its own way (sources: trlhf/evaluation/published.yaml)",
+        ["", "here", *(model.rpartition("/")[2] for model in models)],
+        [[task, line["here"], *(line.get(model, NONE) for model in models)] for task, line in cells.items()],
+        caption="\n".join(f"{letter}: {text}" for text, letter in notes.items()),
+        width=100,
+    )
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:
@@ -104,8 +116,8 @@ def _captions(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[
     entries = [(task, model, entry) for task, models in tasks.items() for model, entry in models.items()]
     guesses = sorted({round(100 * entry["chance"], 1) for _, _, entry in entries if entry.get("at_chance")})
     if guesses:
-        span = f"{guesses[0]:g}" if len(guesses) == 1 else f"{guesses[0]:g} to {guesses[-1]:g}, by task"
-        yield f"† no better or worse than guessing ({span} percent) as far as the interval tells"
+        span = f"{guesses[0]:g} percent" if len(guesses) == 1 else f"{guesses[0]:g} to {guesses[-1]:g} percent, by task"
+        yield f"† no better or worse than guessing ({span}) as far as the interval tells"
     for key, words in (
         ("truncated", "sequences were longer than the model's context and lost their beginning"),
         ("too_long", "questions left no room for a response and count as wrong"),
