@@ -224,7 +224,7 @@ def test_near_duplicates_are_found_and_nothing_else(threshold: float) -> None:
 def test_duplicates_go_across_data_sets_and_the_system_line_does_not_count(write: Write) -> None:
     words = [f"word{i}" for i in range(40)]
     story, retold = said("Tell a story.", " ".join(words)), said("Tell a story.", changed(words, 2))
-    system = {"role": "system", "content": "You are a very helpful assistant who answers at length and with care. " * 5}
+    system = {"role": "system", "content": " ".join(f"rule{i}" for i in range(80))}
     others = [{"messages": [system, *said(f"{i}?", f"Number {i} it is.")["messages"]]} for i in range(3)]
     mixture = {"a": {"path": write("a.jsonl", story, *others)}, "b": {"path": write("b.jsonl", retold, story, TWO)}}
     found, (first, second) = mixed_demonstrations(configured(mixture, filters={"near_duplicates": 0.8}))
