@@ -1,8 +1,8 @@
 """Two processes against one, at one thread each: how much faster every stage is, and whether it ends the same.
 
-    python benchmarks/processes.py                     3 rounds, each of one process and of two; half an hour, two idle cores
-    python benchmarks/processes.py --quick --repeats 1 the same on very small sizes, whose times say nothing
-    python benchmarks/processes.py -- rl=dpo           another configuration
+    python benchmarks/processes.py                       three rounds of one process and of two (half an hour)
+    python benchmarks/processes.py --quick --repeats 1   the same on very small sizes, whose times say nothing
+    python benchmarks/processes.py -- rl=dpo             another configuration
 
 Runs of one and of two processes alternate, so that both meet the same machine; every run is `python -m trlhf` or
 `torchrun --nproc_per_node 2 -m trlhf` with one SFT epoch and one round, in a folder of its own. What is compared is
