@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from trlhf.allocator import let_go
 from trlhf.config import Config
 from trlhf.console import progress
 from trlhf.data import LabelledPair, LabelledResponse
@@ -61,7 +62,7 @@ def train_reward(
         RuntimeError: the saved model, loaded again, scores differently.
     """
     report, probe = _fit_and_save(Labels(labelled, pairs), config, stage, backbone)
-    # The model itself is gone by now: the two need not fit in memory together.
+    let_go()  # of the model itself: the two need not fit in memory together
     check_saved(stage.path, config, probe, backbone)
     stage.complete(report)
     for line in summarise(report):

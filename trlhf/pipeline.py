@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import logging
 import platform
@@ -14,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from trlhf import __version__
 from trlhf.admission import open_run
+from trlhf.allocator import keep_freed_memory, let_go
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
+from trlhf.hardware import say
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import RunDirectory, RunResult, planned
 from trlhf.types import Label, RowReport
 
 if TYPE_CHECKING:
+    from trlhf.estimate.lengths import Lengths
     from trlhf.ledger import Ledger
     from trlhf.tasks import Task
 
@@ -43,13 +45,14 @@ def run_pipeline(config: Config) -> RunResult:
     with watch(), open_run(config) as run:
         setup_logging(run.path)
         _prepare_torch(config)
-        announce_memory(config, _free_memory(config))
+        log.info(say(config))
         from trlhf.tasks import load_task
 
         task = load_task(config)
         _tell(task.reports)
         if todo := [name for name in planned(config) if not _up_to_date(run, name)]:
             task = _fit(config, run, task, todo)
+            announce_memory(config, _lengths(config, run, task), _free_memory(config))
         run.update_summary({"seed": config.seed, "versions": _versions()})
         stages: dict[str, Callable[..., None]] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
         for name in planned(config):
@@ -60,7 +63,7 @@ def run_pipeline(config: Config) -> RunResult:
             with run.clock(name):
                 if not complete:
                     stages[name](config, run, task)
-                    _let_go()
+                    let_go()
                 run.stage(name).tidy()
                 run.update_summary(news_of(name, run.stage(name).metrics()))
         _close(config, run)
@@ -70,8 +73,6 @@ def run_pipeline(config: Config) -> RunResult:
 def _prepare_torch(config: Config) -> None:
     import torch
     import transformers  # noqa: F401  # loaded now, so that its bars and warnings can be silenced
-
-    from trlhf.allocator import keep_freed_memory
 
     quiet_libraries()
     keep_freed_memory()
@@ -95,15 +96,6 @@ def _free_memory(config: Config) -> float | None:
         return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-
-
-def _let_go() -> None:
-    """Let go of a stage's models before the next one loads its own."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _versions() -> dict[str, str]:
@@ -138,17 +130,27 @@ def _made(run: RunDirectory) -> dict[str, str]:
 def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> Task:
     """Leave out, before anything is trained, the prompts that leave no room for a response."""
     from trlhf.fitting import fit_task
-    from trlhf.models import load_tokenizer
 
     if list(todo) == ["sft"]:
         return task
-    if config.stage in ("reward", "rl"):
-        tokenizer = load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
-    else:
-        tokenizer = _base_tokenizer(config)
-    task = fit_task(task, config, tokenizer, todo)
+    task = fit_task(task, config, _tokenizer(config, run), todo)
     _tell(task.reports)
     return task
+
+
+def _lengths(config: Config, run: RunDirectory, task: Task) -> Lengths:
+    from trlhf.estimate.measure import measure
+
+    return measure(task, _tokenizer(config, run), config)
+
+
+def _tokenizer(config: Config, run: RunDirectory) -> Any:
+    """Return the tokenizer that the stages of this run work with: the SFT model's where it must be there already."""
+    from trlhf.models import load_tokenizer
+
+    if config.stage in ("reward", "rl"):
+        return load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
+    return _base_tokenizer(config)
 
 
 def _base_tokenizer(config: Config) -> Any:
@@ -180,6 +182,7 @@ def _reward(config: Config, run: RunDirectory, task: Task) -> None:
     elif config.reward.labels:
         with _ledger(config, run) as ledger:
             archive, labels = buy_first_labels(config, stage, model_dir, task.pool, ledger, task.labeler(config))
+        let_go()  # of the model that was sampled from: the reward model loads its own
     bought, compared = archive.apply(labels)
     train_reward([*task.labelled, *bought], [*task.pairs, *compared], config, stage, model_dir)
 
@@ -244,7 +247,7 @@ def _eval(config: Config, run: RunDirectory, task: Task) -> None:
         with progress(f"eval: {name}", len(task.test)) as advance:
             answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation, advance)
         del model  # before the next is loaded: a model and its cycles would stay beside it
-        gc.collect()
+        let_go()
         results[name] = answered.with_unanswered(task.too_long, task.test_answers)
         metrics["models"][name] = describe(results[name], config.evaluation, config.seed)
         stage.write_jsonl(f"samples_{name}.jsonl", results[name].samples(task.test_answers))
