@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from trlhf.allocator import let_go
 from trlhf.config import Config
 from trlhf.console import progress
 from trlhf.crew import keep, release
@@ -63,6 +64,7 @@ def train_reward(
     """
     report, probe = _fit_and_save(Labels(labelled, pairs), config, stage, backbone)
     release()  # the model itself is gone by now: the two need not fit in memory together
+    let_go()
     check_saved(stage.path, config, probe, backbone)
     stage.complete(report)
     for line in summarise(report):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlhf.admission import open_run
+from trlhf.allocator import keep_freed_memory, let_go
 from trlhf.closing import news_of, print_closing_table
 from trlhf.config import Config
 from trlhf.console import progress, quiet_libraries, setup_logging
@@ -19,6 +19,7 @@ from trlhf.crew import connect, keep, release, together
 from trlhf.data_report import print_report, write_report
 from trlhf.evaluation.report import by_task, joined, measured, print_suites
 from trlhf.evaluation.suites import wanted
+from trlhf.hardware import say
 from trlhf.launch import check_folder, check_launch
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
@@ -27,6 +28,7 @@ from trlhf.types import Label, RowReport
 from trlhf.versions import commit, versions
 
 if TYPE_CHECKING:
+    from trlhf.estimate.lengths import Lengths
     from trlhf.ledger import Ledger
     from trlhf.tasks import Task
 
@@ -78,7 +80,7 @@ def _lead(config: Config) -> RunResult:
 def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
     """Run the stages that load models, on one task."""
     together(_prepare_torch, config)
-    announce_memory(config, _free_memory(config))
+    log.info(say(config))
     from trlhf.tasks import load_task
 
     task = load_task(config)
@@ -90,6 +92,7 @@ def _learn(config: Config, run: RunDirectory, names: Sequence[str]) -> None:
         _tell(run, task.reports)
     if todo := [name for name in names if not _up_to_date(config, run, name)]:
         task = _fit(config, run, task, todo)
+        announce_memory(config, _lengths(config, run, task), _free_memory(config))
     stages: dict[str, Work] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
     for name in names:
         _perform(name, stages[name], config, run, task)
@@ -135,8 +138,6 @@ def _prepare_torch(config: Config) -> None:
     import torch
     import transformers  # noqa: F401  # loaded now, so that its bars and warnings can be silenced
 
-    from trlhf.allocator import keep_freed_memory
-
     quiet_libraries()
     keep_freed_memory()
     if config.hardware.threads:
@@ -163,12 +164,8 @@ def _free_memory(config: Config) -> float | None:
 
 def _let_go() -> None:
     """Let go of a stage's models, on every process, before the next one loads its own."""
-    import torch
-
     release()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
 
 
 def _tell(run: RunDirectory, reports: Sequence[RowReport]) -> None:
@@ -197,21 +194,31 @@ def _made(run: RunDirectory) -> dict[str, str]:
 def _fit(config: Config, run: RunDirectory, task: Task, todo: Sequence[str]) -> Task:
     """Leave out, before anything is trained, the prompts that leave no room for a response."""
     from trlhf.fitting import fit_task
+
+    if list(todo) == ["sft"] or (list(todo) == ["eval"] and not _held_out(config)):
+        return task
+    task = fit_task(task, config, _tokenizer(config, run), todo)
+    _tell(run, task.reports)
+    return task
+
+
+def _lengths(config: Config, run: RunDirectory, task: Task) -> Lengths:
+    from trlhf.estimate.measure import measure
+
+    return measure(task, _tokenizer(config, run), config)
+
+
+def _tokenizer(config: Config, run: RunDirectory) -> Any:
+    """Return the tokenizer that the stages of this run work with: the SFT model's where it must be there already."""
     from trlhf.models import load_tokenizer
     from trlhf.opening import candidates, open_tokenizer
     from trlhf.sft.templates import base_tokenizer
 
-    if list(todo) == ["sft"] or (list(todo) == ["eval"] and not _held_out(config)):
-        return task
     if config.stage in ("reward", "rl"):
-        tokenizer = load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
-    elif config.evaluation.model is not None:
-        tokenizer = open_tokenizer(candidates(config, run)[0], config)
-    else:
-        tokenizer = base_tokenizer(config)
-    task = fit_task(task, config, tokenizer, todo)
-    _tell(run, task.reports)
-    return task
+        return load_tokenizer(run.stage("sft").require("model", made_by="stage=sft"))
+    if config.evaluation.model is not None:
+        return open_tokenizer(candidates(config, run)[0], config)
+    return base_tokenizer(config)
 
 
 def _sft(config: Config, run: RunDirectory, task: Task) -> None:
@@ -234,6 +241,7 @@ def _reward(config: Config, run: RunDirectory, task: Task) -> None:
     elif config.reward.labels:
         with _ledger(config, run) as ledger:
             archive, labels = buy_first_labels(config, stage, model_dir, task.pool, ledger, task.labeler(config))
+        let_go()  # of the model that was sampled from: the reward model loads its own
     bought, compared = archive.apply(labels)
     train_reward([*task.labelled, *bought], [*task.pairs, *compared], config, stage, model_dir)
 
