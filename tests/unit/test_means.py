@@ -28,6 +28,13 @@ def test_samples_of_one_question_are_no_independent_evidence() -> None:
     assert copied["high"] - copied["low"] == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(20), abs=0.05)
 
 
+def test_every_cluster_can_be_drawn() -> None:
+    found = clustered_mean([1.0] * 20 + [0.0] * 20, range(40))
+    assert found["low"] + found["high"] == pytest.approx(1.0, abs=0.06) and found["low"] == pytest.approx(
+        0.35, abs=0.04
+    )
+
+
 def test_unequal_clusters_count_by_their_size() -> None:
     found = clustered_mean([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"])
     assert found["value"] == 0.75 and (found["low"], found["high"]) == (0.0, 1.0)

@@ -16,6 +16,7 @@ import torch
 import trlhf
 from trlhf.config import EvaluationConfig, JudgeConfig, ModelConfig, MtBenchConfig
 from trlhf.errors import UserError
+from trlhf.evaluation import mt_bench
 from trlhf.evaluation.judge import Judge
 from trlhf.evaluation.mt_bench import (
     TwoTurns,
@@ -29,7 +30,7 @@ from trlhf.evaluation.mt_bench import (
 from trlhf.files import write_jsonl
 from trlhf.models import MICRO_BASE, load_causal_lm, load_tokenizer
 from trlhf.rows import Row
-from trlhf.types import Message
+from trlhf.types import Message, Prompt
 
 Reply = tuple[int, str] | None  # status and body; None: say nothing until the client has gone
 
@@ -209,19 +210,34 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "bad.yaml"))
 
 
-def test_the_second_turn_hears_the_first_answer() -> None:
+def test_the_second_turn_hears_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chat_of(QUESTIONS[1], []) == ({"role": "user", "content": "2+2?"},)
     assert chat_of(QUESTIONS[1], ["4"])[1:] == (
         {"role": "assistant", "content": "4"},
         {"role": "user", "content": "Times 2?"},
     )
     model, tokenizer = load_causal_lm(MICRO_BASE, ModelConfig()), load_tokenizer(MICRO_BASE)
+    heard: list[Prompt] = []
+    sample = mt_bench.sample_responses
+
+    def noted(*arguments: Any) -> Any:
+        heard.extend(arguments[2])
+        return sample(*arguments)
+
+    monkeypatch.setattr(mt_bench, "sample_responses", noted)
     from trlhf.sft.templates import load_template
 
     tokenizer.chat_template = load_template("cerebrum")
     config = EvaluationConfig(mt_bench=MtBenchConfig(max_new_tokens=6))
     long = TwoTurns("9", "stem", ("word " * 1200, "More."))
     found = answer_two_turns(model, tokenizer, [*QUESTIONS, long], config, 0)
+    turns = [(prompt.id, [message["content"] for message in prompt.messages]) for prompt in heard]
+    assert turns == [
+        ("111", ["2+2?"]),
+        ("81", ["Write."]),
+        ("111", ["2+2?", found["111"][0], "Times 2?"]),
+        ("81", ["Write.", found["81"][0], "Shorter {please}."]),
+    ]
     assert set(found) == {"81", "111"} and all(len(texts) == 2 for texts in found.values())
     assert found == answer_two_turns(model, tokenizer, [*QUESTIONS, long], config, 0)
     other = answer_two_turns(model, tokenizer, [*QUESTIONS, long], config, 1)
