@@ -216,6 +216,8 @@ class ResponseLayer(CacheLayerMixin):
 
     def select(self, rows: Int[Tensor, " N"]) -> None:
         """Go on with these rows alone."""
+        if not self.is_initialized:  # rows that end with their first token leave before anything is held
+            return
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
             new = old.new_empty(len(rows), *old.shape[1:])
