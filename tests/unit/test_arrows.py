@@ -16,7 +16,7 @@ PACKAGE = Path(trlhf.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pandas", "pyarrow", "scipy", "sqlalchemy")
 NO_TORCH = (
     *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
-    *("preemption", "closing"),
+    *("preemption", "closing", "checks_mixture", "data_report"),
 )
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")
