@@ -39,9 +39,9 @@ def chat_from_row(data: Mapping[str, Any]) -> tuple[Message, ...]:
         MalformedRow: no known shape, a turn without text, or turns in an impossible order.
     """
     row = {key: unzipped(value) if key in COLUMNS else value for key, value in data.items() if value is not None}
-    column = next((name for name in COLUMNS if name in row and (name in COLUMNS[:2] or _is_list(row[name]))), None)
-    if column is not None:
-        messages = _roleplay(row, column) if is_roleplay(row[column]) else _turns(row[column], column)
+    column = next((name for name in COLUMNS if name in row), None)
+    if column in COLUMNS[:2]:
+        messages = _turns(row[column], column)
     elif "chosen" in row:
         messages = _join(row.get("prompt", []), "chosen", row["chosen"])
     elif "prompt" in row:
@@ -57,6 +57,8 @@ def chat_from_row(data: Mapping[str, Any]) -> tuple[Message, ...]:
         if answer is not None:
             text = str(row[answer]) if isinstance(row[answer], int | float) else row[answer]
             messages.append(_message("assistant", text, answer))
+    elif column is not None:  # names that other shapes use too, for something else
+        messages = _roleplay(row, column) if is_roleplay(row[column]) else _turns(row[column], column)
     else:
         raise MalformedRow("missing 'messages' (or another known shape)")
     for name in ("system", "system_prompt"):
@@ -135,10 +137,6 @@ def _turn(turn: Any, place: str) -> list[Message]:
     if known is None:
         raise MalformedRow(f"{place} has the role {role!r}, which is none of {', '.join(_ROLES)}")
     return [_message(known, next((turn[key] for key in _TEXTS if turn.get(key) is not None), None), place)]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _message(role: Role, content: Any, place: str) -> Message:

@@ -16,7 +16,7 @@ PACKAGE = Path(trlhf.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pandas", "pyarrow", "scipy", "sqlalchemy")
 NO_TORCH = (
     *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
-    *("preemption", "closing", "hardware", "hardware_checks", "attention"),
+    *("preemption", "closing", "hardware", "hardware_checks", "attention", "checks_mixture", "data_report"),
     *("contamination.grams", "contamination.near", "contamination.ngrams", "contamination.compare"),
     *(f"evaluation.{name}" for name in ("suites", "checks", "protocol", "published", "report")),
 )

@@ -48,7 +48,7 @@ def _rows(*data: dict[str, Any]) -> list[Row]:
         {"items": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": "x"},
         {"dialog": [{"speaker": "user", "message": "Q"}, {"speaker": "model", "message": "A"}]},
         {"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}},  # a sequence of objects in parquet
-        {"turns": 1, "question": "Q", "answer": "A"},
+        {"turns": [1, 2], "question": "Q", "answer": "A"},
     ],
 )
 def test_every_shape_says_the_same(row: dict[str, Any]) -> None:

@@ -97,7 +97,8 @@ def test_the_plan_counts_no_label_that_comes_with_the_data(tmp_path: Path, capsy
     for name, count in (("train", 60), ("test", 20)):
         rows = [{"question": f"{name} {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "example_model_solutions.jsonl").touch()
+    marked = {"question": "another?", "6b": {"solution": "1\n#### 1", "is_correct": True}}
+    (tmp_path / "example_model_solutions.jsonl").write_text(json.dumps(marked) + "\n")
     sizes = ("data.sft_prompts=30", "data.pool_prompts=30", "data.test_prompts=20", "stage=sft")
     plan.print_plan(one("data=gsm8k", f"data.path={tmp_path}", *sizes))
     printed = " ".join(capsys.readouterr().out.split())
