@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from trlhf import decoding
-from trlhf.decoding import SHARING, PlainDecoder, SharedDecoder, shares_prompts, start_decoding
+from trlhf.decoding import PlainDecoder, SharedDecoder, start_decoding
+from trlhf.packed_attention import SHARING, plain_attention
 from trlhf.shared_prompts import SharedPrompts
 
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -53,8 +54,8 @@ def test_logits_are_those_of_the_plain_way_while_rows_leave(kind: str, prompts: 
     torch.testing.assert_close(shared.logits, plain.logits)
     generator, rows = torch.Generator().manual_seed(0), len(prompts) * samples
     for step in range(9):
-        if step % 2 and rows > 1:  # one row leaves, then two, …: at once or later
-            keep = torch.randperm(rows, generator=generator)[: max(1, rows - step)].sort().values
+        if step % 2 == 0 and rows > 1:  # one row leaves before the first step, then three, …: at once or later
+            keep = torch.randperm(rows, generator=generator)[: max(1, rows - step - 1)].sort().values
             rows = len(keep)
             shared.keep(keep)
             plain.keep(keep)
@@ -102,12 +103,12 @@ def test_gather_and_scatter_undo_each_other_in_any_order() -> None:
 
 
 def test_what_cannot_be_shared_is_decoded_plainly() -> None:
-    assert shares_prompts(tiny("mistral"), 20)
-    assert shares_prompts(tiny("mistral", sliding_window=20), 20)
-    assert not shares_prompts(tiny("mistral", sliding_window=19), 20)
+    assert plain_attention(tiny("mistral"), 20)
+    assert plain_attention(tiny("mistral", sliding_window=20), 20)
+    assert not plain_attention(tiny("mistral", sliding_window=19), 20)
     flash = tiny("mistral")
     flash.config._attn_implementation = "flash_attention_2"
-    assert not shares_prompts(flash, 20)
+    assert not plain_attention(flash, 20)
 
 
 @torch.no_grad()
