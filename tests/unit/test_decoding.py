@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from architectures import tiny
 
 from trlhf import decoding
 from trlhf.decoding import PlainDecoder, SharedDecoder, start_decoding
 from trlhf.packed_attention import SHARING, plain_attention
 from trlhf.shared_prompts import SharedPrompts
 
-MODELS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19]]
-
-
-def tiny(kind: str, **options: Any) -> PreTrainedModel:
-    config, model = MODELS[kind]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 40, "head_dim": 8, "max_position_embeddings": 128}
-    made = model(config(**sizes | {"sliding_window": None, "pad_token_id": 3} | options)).eval()
-    with torch.no_grad():
-        for value in made.parameters():
-            value.mul_(4 if value.dim() == 2 else 1)  # fresh weights hardly look at anything
-    return made
 
 
 @pytest.mark.parametrize("kind", SHARING)
