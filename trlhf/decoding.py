@@ -5,8 +5,7 @@ Two ways, with the same results: `SharedDecoder` for the architectures it knows,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from trlhf.packed_attention import attention, plain_attention
 from trlhf.shared_prompts import SharedPrompts, shared_prompt_attention
 
-SHARING = ("llama", "mistral", "qwen2", "qwen3")  # architectures whose layers hand keyword arguments to the attention
 ATTENTION = "trlhf_shared_prompts"
 FIRST_CAPACITY = 64  # response tokens that room is made for at first; doubled when they are used up
 LEAVE_AT = 8  # rows that are done leave when they are one in so many: leaving copies what the others have cached
@@ -52,17 +51,9 @@ def start_decoding(
         pad_id: token to pad with.
         limit: tokens of a response.
     """
-    shares = shares_prompts(model, max(map(len, prompts)) + limit)
+    shares = plain_attention(model, max(map(len, prompts)) + limit)
     kind = SharedDecoder if shares else PlainDecoder
     return kind(model, prompts, samples, pad_id)
-
-
-def shares_prompts(model: PreTrainedModel, length: int) -> bool:
-    """Whether `SharedDecoder` can decode with a model: plain causal attention over all of ``length`` tokens."""
-    config: Any = model.config
-    window = getattr(config, "sliding_window", None)
-    within = window is None or window >= length
-    return config.model_type in SHARING and config._attn_implementation in ("sdpa", "eager") and within
 
 
 class PlainDecoder:
@@ -124,7 +115,7 @@ class SharedDecoder:
         whole = len(self._going) == len(self._tokens)
         if not whole:
             self._tokens[self._going] = tokens
-        with _attention(self._model):
+        with attention(self._model, ATTENTION):
             output = self._model(
                 input_ids=(tokens if whole else self._tokens)[:, None],
                 position_ids=self._positions[:, None],
@@ -169,18 +160,6 @@ def _read(
     return mask, output.logits[:, -1]
 
 
-@contextmanager
-def _attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend to shared prompts while the block runs."""
-    config: Any = model.config
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 class ResponseLayer(CacheLayerMixin):
     """One layer's keys and values of what was decoded so far, in room that grows by doubling: nothing is moved a step.
 
@@ -216,9 +195,7 @@ class ResponseLayer(CacheLayerMixin):
 
     def select(self, rows: Int[Tensor, " N"]) -> None:
         """Go on with these rows alone."""
-        if not self.is_initialized:  # rows that end with their first token leave before anything is held
-            return
-        for name in ("keys", "values"):
+        for name in ("keys", "values") if self.is_initialized else ():
             old: Tensor = getattr(self, name)
             new = old.new_empty(len(rows), *old.shape[1:])
             new[:, :, : self._length] = old[:, :, : self._length].index_select(0, rows)

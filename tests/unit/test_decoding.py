@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from architectures import tiny
 
 from trlhf import decoding
-from trlhf.decoding import SHARING, PlainDecoder, SharedDecoder, shares_prompts, start_decoding
+from trlhf.decoding import PlainDecoder, SharedDecoder, start_decoding
+from trlhf.packed_attention import SHARING, plain_attention
 from trlhf.shared_prompts import SharedPrompts
 
-MODELS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19]]
-
-
-def tiny(kind: str, **options: Any) -> PreTrainedModel:
-    config, model = MODELS[kind]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 40, "head_dim": 8, "max_position_embeddings": 128}
-    made = model(config(**sizes | {"sliding_window": None, "pad_token_id": 3} | options)).eval()
-    with torch.no_grad():
-        for value in made.parameters():
-            value.mul_(4 if value.dim() == 2 else 1)  # fresh weights hardly look at anything
-    return made
 
 
 @pytest.mark.parametrize("kind", SHARING)
@@ -53,8 +24,8 @@ def test_logits_are_those_of_the_plain_way_while_rows_leave(kind: str, prompts: 
     torch.testing.assert_close(shared.logits, plain.logits)
     generator, rows = torch.Generator().manual_seed(0), len(prompts) * samples
     for step in range(9):
-        if step % 2 and rows > 1:  # one row leaves, then two, …: at once or later
-            keep = torch.randperm(rows, generator=generator)[: max(1, rows - step)].sort().values
+        if step % 2 == 0 and rows > 1:  # one row leaves before the first step, then three, …: at once or later
+            keep = torch.randperm(rows, generator=generator)[: max(1, rows - step - 1)].sort().values
             rows = len(keep)
             shared.keep(keep)
             plain.keep(keep)
@@ -102,12 +73,12 @@ def test_gather_and_scatter_undo_each_other_in_any_order() -> None:
 
 
 def test_what_cannot_be_shared_is_decoded_plainly() -> None:
-    assert shares_prompts(tiny("mistral"), 20)
-    assert shares_prompts(tiny("mistral", sliding_window=20), 20)
-    assert not shares_prompts(tiny("mistral", sliding_window=19), 20)
+    assert plain_attention(tiny("mistral"), 20)
+    assert plain_attention(tiny("mistral", sliding_window=20), 20)
+    assert not plain_attention(tiny("mistral", sliding_window=19), 20)
     flash = tiny("mistral")
     flash.config._attn_implementation = "flash_attention_2"
-    assert not shares_prompts(flash, 20)
+    assert not plain_attention(flash, 20)
 
 
 @torch.no_grad()

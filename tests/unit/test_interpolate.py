@@ -14,7 +14,7 @@ from trials import LORA, Trial, sharp_model, stir
 
 from trlhf.config import ModelConfig, RlConfig, build_config
 from trlhf.knowledge import Knowledge
-from trlhf.logprobs import pad_sequences, response_logits
+from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.merging import merged_state
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.interpolate import blend, blended, choose_share, interpolate
@@ -85,14 +85,14 @@ def test_a_trial_leaves_the_policy_as_it_was(tiny_model_dir: Path, layout: Any) 
     policy, reference = layout(tiny_model_dir)
     batch = pad_sequences([(1, 50, 60)], [(70, 80, 2)], 3)
 
-    def logits(role: Role) -> torch.Tensor:
+    def logprobs(role: Role) -> torch.Tensor:
         with torch.no_grad(), role.acting() as model:
-            return response_logits(model, batch)
+            return response_logprobs(model, batch)
 
     before = {name: value.clone() for name, value in policy.trainable().items()}
     with blended(policy, reference, 0.0):
-        torch.testing.assert_close(logits(policy), logits(reference))
-    assert not torch.allclose(logits(policy), logits(reference), atol=1e-3)
+        torch.testing.assert_close(logprobs(policy), logprobs(reference))
+    assert not torch.allclose(logprobs(policy), logprobs(reference), atol=1e-3)
     assert all(torch.equal(before[name], value) for name, value in policy.trainable().items())
 
 

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from trlhf.config import RlConfig
 from trlhf.distributed import share, sum_counts
-from trlhf.logprobs import (
-    can_share_prompts,
-    pad_sequences,
-    response_logits,
-    response_logprobs,
-    token_entropy,
-    token_logprobs,
-)
+from trlhf.logprobs import can_share_prompts, measured_logprobs, pad_sequences, response_logprobs
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.losses.ppo import kl_estimate
 from trlhf.masks import masked_sum
@@ -162,9 +155,7 @@ class DpoLearner:
             ).to(self.policy.device)
             mask = batch.response_mask
             with self.policy.acting() as model:
-                logits = response_logits(model, batch)
-            own = token_logprobs(logits, batch.response_ids, config.temperature)
-            entropy = token_entropy(logits, config.temperature)
+                own, entropy = measured_logprobs(model, batch, config.temperature)
             with self.reference.acting() as model:
                 reference = response_logprobs(model, batch, config.temperature)
             sampled = sampler_logprobs(rollouts, mask)
