@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trlhf import __version__
 from trlhf.errors import UserError
 from trlhf.preemption import EXIT_STATUS, Preempted
-from trlhf.processes import launched
+from trlhf.processes import join_tasks, launched
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -113,6 +113,7 @@ def job(values: DictConfig) -> None:
     if sweep and values.run.dir is None:
         with open_dict(values):
             values.run.dir = str(Path(HydraConfig.get().sweep.dir, HydraConfig.get().sweep.subdir))
+    join_tasks()
     try:
         config = config_of(values)
         setup_logging()

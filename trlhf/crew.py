@@ -7,6 +7,7 @@ process meaning its own. In one process both are plain calls. Nothing heavy is i
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import gc
 import io
@@ -127,7 +128,7 @@ class Crew:
         self._store.set(ENDED, str(status))
         if status == 0:
             self._send(QUIT)
-        self._part()
+        self.part()
         if status:  # the store may live in this process: let them read why
             self._said([f"{GONE}{rank}" for rank in range(1, self.size)], LAST_WORDS)
 
@@ -142,13 +143,14 @@ class Crew:
             with suppress(Exception):
                 self._store.set(f"{GONE}{self.rank}", "")
             return status
-        self._part()
+        self.part()
         return 0
 
-    def _part(self) -> None:
+    def part(self) -> None:
         """Close the connections; they stay open as long as anything here knows the group."""
         self._control = None
-        self._distributed.destroy_process_group()
+        if self._distributed.is_initialized():
+            self._distributed.destroy_process_group()
         gc.collect()
 
     def _failed(self, error: BaseException) -> int:
@@ -167,7 +169,7 @@ class Crew:
                 self._store.set(FAILED, f"process {self.rank} of {self.size}: {told}")
         if not known:
             traceback.print_exception(error)
-        self._part()  # so that nobody waits for this one
+        self.part()  # so that nobody waits for this one
         if self._status_of_leader(LAST_WORDS) is None and known:
             print(f"trlhf: process {self.rank} of {self.size}: {told}", flush=True)
         return 2 if known else 1
@@ -256,6 +258,7 @@ def connect() -> Crew | None:
     rank, size = launched()
     if _crew is None and size > 1:
         _crew = Crew(rank, size)
+        atexit.register(_crew.part)
         if rank > 0:
             hush()
     return _crew

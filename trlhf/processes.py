@@ -40,6 +40,16 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return rank, size
 
 
+def join_tasks() -> None:
+    """Let the tasks of one submitit job be processes of one run: Hydra's launcher starts the same function in each."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    import submitit
+
+    if submitit.JobEnvironment().num_tasks > 1:
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
 def sharding(environment: Mapping[str, str] = os.environ) -> Sharding:
     """Return how the user's accelerate file wants models to be divided among the processes."""
 

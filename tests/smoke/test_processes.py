@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from kill import QUICK
+from provenance import ROOT
 from same_end import ledger_rows, unlike
 from strike import Strike, start, strike
 
@@ -88,3 +92,40 @@ def test_a_checkpoint_loads_on_fewer_and_on_more_processes(
     assert {name: difference for name, difference in compared.items() if difference} == {}
     rows = ledger_rows(run / "ledger.sqlite")
     assert len(rows["questions"]) == len(rows["answers"]) == 20
+
+
+# ---- sweeps ----
+
+ONE_STAGE = (*COMMON, "stage=sft", "data.sft_prompts=16")
+
+
+def sweep(folder: Path, launcher: Sequence[str], *overrides: str) -> str:
+    """Do a sweep over two seeds, and return what was printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "trlhf", "--multirun", "seed=0,1", *ONE_STAGE, *overrides]
+    done = subprocess.run(
+        [*command, f"hydra.sweep.dir={folder}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert all((folder / job / "sft" / "done").exists() for job in "01")
+    assert [json.loads((folder / job / "summary.json").read_text())["seed"] for job in "01"] == [0, 1]
+    return done.stdout
+
+
+def test_two_processes_do_the_jobs_of_a_sweep_one_after_the_other(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    printed = sweep(tmp_path / "sweep", launcher)
+    assert printed.count("stage sft") == 2 and printed.count("sft steps: 2 of 2") == 2
+
+
+def test_the_tasks_of_a_job_are_processes_of_one_run(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
+    sweep(tmp_path / "sweep", (), "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2")
+    outputs = sorted((tmp_path / "sweep" / ".submitit").glob("*/*_log.out"))
+    assert len(outputs) == 4  # two jobs of two tasks
+    assert sum("sft steps: 2 of 2" in path.read_text() for path in outputs) == 2
