@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -25,7 +25,7 @@ from trlhf.crew import together
 from trlhf.distributed import any_rank, world
 from trlhf.embeddings import make_room, rows_by_layer
 from trlhf.errors import UserError
-from trlhf.merging import save_model
+from trlhf.merging import greedy, save_model
 from trlhf.models import attention_of, choose_device, load_causal_lm, lora_config, model_path
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
@@ -262,9 +262,8 @@ def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreT
     device = choose_device(config) if quantized else "cpu"  # the trainer moves it, unless it is quantised
     model = load_causal_lm(model_path(config.model.name), loaded, device, quantized=quantized)
     new_tokens = make_room(model, tokenizer)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.config.update(ids)
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    model.config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.generation_config = greedy(tokenizer)
     return model, new_tokens
 
 
@@ -294,6 +293,8 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, config: Config, stage:
     if lora:
         with stage.new_directory("adapter") as folder:
             model.save_pretrained(folder)
+            greedy(tokenizer).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     causal = model.get_base_model() if lora else model
     with stage.new_directory("model") as folder:
         save_model(causal, tokenizer, folder, config.model.dtype, "default" if lora else None)

@@ -109,8 +109,14 @@ def config_of(values: Any) -> Config:
 @contextmanager
 def _hydra() -> Iterator[ConfigLoader]:
     register_schema()
-    with initialize_config_module("trlhf.conf", version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+    shared = GlobalHydra.instance()
+    outer = shared.hydra  # the command line's own, while a job of it runs
+    shared.clear()
+    try:
+        with initialize_config_module("trlhf.conf", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        shared.hydra = outer
 
 
 def _parse(overrides: Sequence[str], problems: list[str]) -> Iterator[Override]:

@@ -54,6 +54,12 @@ def _saved_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
+def greedy(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return how a model is evaluated, said outright: pipelines sample where a generation config says nothing."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(do_sample=False, **ids)
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str, adapter: str | None = None
 ) -> None:
@@ -73,8 +79,7 @@ def save_model(
     config.use_cache = True
     with torch.device("meta"):
         plain: Any = type(model)(config).to(kind)  # its type is what its config.json will say
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    plain.generation_config = GenerationConfig(do_sample=False, **ids)
+    plain.generation_config = greedy(tokenizer)
     state = merged_state(model, kind, adapter)
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

@@ -101,7 +101,9 @@ def test_losses_are_maths_only() -> None:
 def test_what_is_below_does_not_import_what_is_above() -> None:
     above = ("trlhf.pipeline", *(f"trlhf.{stage}" for stage in STAGES))
     for name, tree in MODULES.items():
-        if inside(name, *(f"trlhf.{low}" for low in ("models", "rollout", "logprobs", "labelers", "ledger", *MATHS))):
+        if inside(
+            name, *(f"trlhf.{low}" for low in ("models", "rollout", "export", "logprobs", "labelers", "ledger", *MATHS))
+        ):
             assert [found for found in imports(tree) if inside(found, *above)] == [], name
 
 

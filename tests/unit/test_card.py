@@ -184,6 +184,12 @@ def test_an_adapter_has_a_card_of_its_own(run: RunDirectory) -> None:
     whole = card(run)
     adapter = ModelCard.load(run.path / "rl/adapter/README.md")
     assert (adapter.data.library_name, whole.data.library_name) == ("peft", "transformers")
+    assert 'place = "adapter"  # this folder\nmodel = AutoPeftModelForCausalLM.from_pretrained(place, ' in adapter.text
+    card(run, "push=me/clever")
+    pushed = ModelCard.load(run.path / "rl/adapter/README.md")
+    assert (
+        'place = snapshot_download("me/clever") + "/adapter"\n' in pushed.text and pushed.data.model_name == "me/clever"
+    )
     assert "AutoPeftModelForCausalLM" in adapter.text and "AutoPeftModelForCausalLM" not in whole.text
 
 

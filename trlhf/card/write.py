@@ -14,7 +14,7 @@ from trlhf.card.header import base_name, header, test_set
 from trlhf.card.limitations import limitations
 
 if TYPE_CHECKING:
-    from trlhf.config import CardConfig, Config
+    from trlhf.config import Config
     from trlhf.run import RunDirectory
 
 CARD = "README.md"
@@ -44,7 +44,7 @@ def write_cards(config: Config, run: RunDirectory) -> list[Path]:
     if (adapter := run.stage(facts.stage).path / "adapter").exists():
         folders.append(adapter)
     for folder in folders:
-        text = card_text(facts, config.card, name, folders[0], adapter=folder == adapter)
+        text = card_text(facts, config, name, folders[0], adapter=folder == adapter)
         path = folder / CARD
         if not path.exists() or path.read_bytes() != text.encode():
             files.write_bytes(path, text.encode())
@@ -58,12 +58,12 @@ def name_of(facts: Facts, config: Config) -> str:
     return config.card.name or config.push or f"{base_name(facts.config).rpartition('/')[2]}-{algorithm}"
 
 
-def card_text(facts: Facts, card: CardConfig, name: str, model: Path, *, adapter: bool) -> str:
+def card_text(facts: Facts, config: Config, name: str, model: Path, *, adapter: bool) -> str:
     """Return the whole card.
 
     Args:
         facts: of the run.
-        card: what only the user can say.
+        config: ``card`` and ``push`` matter: what only the user can say.
         name: of the model.
         model: its folder, for the chat template.
         adapter: whether the card is for the adapter alone.
@@ -75,9 +75,10 @@ def card_text(facts: Facts, card: CardConfig, name: str, model: Path, *, adapter
         TEMPLATE.read_text("utf-8")
     )
     text = template.render(
-        card_data=header(facts, card, name, adapter=adapter).to_yaml(),
+        card_data=header(facts, config.card, name, adapter=adapter).to_yaml(),
         name=name,
         adapter=adapter,
+        pushed=config.push,
         **_values(facts),
         **_prompt(facts, model),
     )
@@ -100,6 +101,7 @@ def _values(facts: Facts) -> dict[str, Any]:
         "accuracy": facts.measured.get("accuracy"),
         "test_name": test_set(config)[1],
         "max_new_tokens": config.evaluation.max_new_tokens,
+        "dtype": config.model.dtype,
         "template": f"`{Path(config.template.name).name}`",
         "data": list(_data(facts)),
         "models": [(one, models[one]["accuracy"]) for one in shown if models[one]["accuracy"]],

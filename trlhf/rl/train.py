@@ -11,6 +11,7 @@ from trlhf import preemption
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
 from trlhf.crew import keep, together
+from trlhf.export import save_adapter
 from trlhf.merging import save_model
 from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
@@ -98,6 +99,9 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
     interpolation = interpolate(trainer)
     with stage.new_directory("model") as folder:
         save_model(policy.model, tokenizer, folder, config.model.dtype, policy.adapter)
+    if policy.base is not None:
+        with stage.new_directory("adapter") as folder:
+            save_adapter(policy, inputs.sft, tokenizer, folder)
     metrics = {"steps": state.step, "rounds": state.round, "anchors": len(state.anchors), "last_step": state.last}
     metrics |= {
         "interpolation": interpolation,
