@@ -195,7 +195,9 @@ class ResponseLayer(CacheLayerMixin):
 
     def select(self, rows: Int[Tensor, " N"]) -> None:
         """Go on with these rows alone."""
-        for name in ("keys", "values") if self.is_initialized else ():
+        if not self.is_initialized:  # rows that end with their first token leave before anything is held
+            return
+        for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
             new = old.new_empty(len(rows), *old.shape[1:])
             new[:, :, : self._length] = old[:, :, : self._length].index_select(0, rows)
