@@ -135,6 +135,19 @@ def test_edits_at_the_worst_places_hide_nothing() -> None:
             assert list(candidates(["".join(broken)], [text])) == [(0, 0)], (length, start)
 
 
+@pytest.mark.parametrize("length", [33, 65, 97])
+def test_a_longer_copy_may_hold_one_edit_more(length: int) -> None:
+    """3% of what the insertions make of a text is one character more than 3% of the text."""
+    text = sentence(random.Random(7), length)
+    edits = allowed(100 * length // 97)
+    assert edits == allowed(length) + 1
+    for first in range(PIECE):
+        copy = list(text)
+        for piece in range(edits):
+            copy[first + piece * PIECE] += "#"
+        assert [match.distance for match in near_duplicates(["".join(copy)], [text])] == [edits], first
+
+
 def test_there_are_always_more_pieces_than_edits() -> None:
     for length in range(1, 20_000):
         edits = allowed(100 * length // LEVELS[-1])
