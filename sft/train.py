@@ -26,6 +26,7 @@ from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_con
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
+from trlhf.sft.order import StepOrder
 from trlhf.sft.report import AllStepsDone, StageCallback
 from trlhf.sft.templates import apply_template
 from trlhf.types import Demonstration, RowReport
@@ -127,6 +128,16 @@ def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset
     return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset
 
 
+class _OrderedTrainer(SFTTrainer):
+    """TRL's trainer, with its rows in the order of `StepOrder`."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return StepOrder([len(ids) for ids in rows["input_ids"]], step, int(args.data_seed or 0))
+
+
 def make_trainer(
     model: PreTrainedModel,
     encoded: Sequence[EncodedDemonstration],
@@ -149,7 +160,7 @@ def make_trainer(
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
     dataset = _dataset(encoded, config)
-    trainer = SFTTrainer(
+    trainer = _OrderedTrainer(
         model=model,
         args=_arguments(config, output, len(encoded) / len(dataset)),
         train_dataset=dataset,
