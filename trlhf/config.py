@@ -151,7 +151,7 @@ class SftConfig:
     epochs: float = setting(4.0, above=0)
     learning_rate: float = setting(1e-3, above=0, below=1)
     batch_size: int = setting(16, low=1)  # sequences per step
-    microbatch_size: int = setting(16, low=1)  # sequences per forward pass
+    microbatch_size: int = setting(4, low=1)  # sequences per forward pass, of like length
     warmup_ratio: float = setting(0.05, low=0, below=1)  # share of all steps
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float = setting(1.0, above=0)
