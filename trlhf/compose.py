@@ -65,7 +65,7 @@ def compose(overrides: Sequence[str], *, multirun: bool = False, config_dir: str
         extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
         choices: list[list[str]] = []
         accepted: list[str] = []
-        for override in _parse(overrides, problems):
+        for override in _parse([_template_file(text) for text in overrides], problems):
             grouped = override.key_or_group in groups
             if override.is_sweep_override() and not multirun:
                 problems.append(
@@ -109,8 +109,14 @@ def config_of(values: Any) -> Config:
 @contextmanager
 def _hydra() -> Iterator[ConfigLoader]:
     register_schema()
-    with initialize_config_module("trlhf.conf", version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+    shared = GlobalHydra.instance()
+    outer = shared.hydra  # the command line's own, while a job of it runs
+    shared.clear()
+    try:
+        with initialize_config_module("trlhf.conf", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        shared.hydra = outer
 
 
 def _parse(overrides: Sequence[str], problems: list[str]) -> Iterator[Override]:
@@ -121,6 +127,12 @@ def _parse(overrides: Sequence[str], problems: list[str]) -> Iterator[Override]:
         except HydraException as error:
             reason = str(error).strip().splitlines()[0].partition(" expecting")[0]
             problems.append(f"{text}: cannot be read ({reason}); write KEY=VALUE, with quotes around odd characters")
+
+
+def _template_file(text: str) -> str:
+    """Let ``template=FILE.jinja`` mean ``template.name=FILE.jinja``."""
+    key, _, value = text.partition("=")
+    return f"template.name={value}" if key == "template" and value.strip("'\"").endswith(".jinja") else text
 
 
 def _own_choices(config_dir: str | None, group: str) -> list[str]:

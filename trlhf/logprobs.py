@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from trlhf.masks import mask_from_lengths
-from trlhf.recompute import recomputing
+from trlhf.packed_attention import ATTENTION, attention, pack, plain_attention
+from trlhf.recompute import recomputes, recomputing
+from trlhf.vocabulary import over_vocabulary, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,24 +114,31 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation in ("sdpa", "eager")
 
 
-def response_hidden(backbone: PreTrainedModel, batch: SequenceBatch) -> Float[Tensor, "B R D"]:
-    """Return the hidden states that predict each response token, from a model without its language-model head."""
+def response_hidden(backbone: nn.Module, batch: SequenceBatch) -> Float[Tensor, "B R D"]:
+    """Return the hidden states that predict each response token, from a model without its language-model head.
+
+    No padding goes through the layers of an architecture that `packed_attention` knows, unless activations are to be
+    recomputed: by the time of the backward pass the model has its own attention again.
+    """
+    model: Any = backbone
     mask = batch.attention_mask
+    one_a_row = len(batch.input_ids) == len(batch.sources)
+    packs = (mask.dim() == 4 or one_a_row) and not recomputes(model)
+    if packs and plain_attention(model, batch.input_ids.shape[1]):
+        packed = pack(batch)
+        with attention(model, ATTENTION):
+            hidden: Tensor = model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+            ).last_hidden_state
+        return hidden[0][packed.sources]
     if mask.dim() == 4:  # additive, as every attention implementation that takes it understands
-        lowest = torch.finfo(backbone.dtype).min
-        mask = torch.zeros(mask.shape, dtype=backbone.dtype, device=mask.device).masked_fill(~mask, lowest)
-    with recomputing(backbone):
-        hidden: Tensor = backbone(
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+    with recomputing(model):
+        hidden = model(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
     return hidden.flatten(0, 1)[batch.sources]
-
-
-def response_logits(model: PreTrainedModel, batch: SequenceBatch) -> Float[Tensor, "B R V"]:
-    """Return the logits of each response position; none are computed for the prompt or the padding beyond it."""
-    causal: Any = model
-    logits: Tensor = causal.lm_head(response_hidden(causal.model, batch))
-    return logits
 
 
 def token_logprobs(
@@ -141,8 +150,31 @@ def token_logprobs(
 
 
 def response_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0) -> Float[Tensor, "B R"]:
-    """Return the log-probability of every response token, in nats; positions outside the mask are meaningless."""
-    return token_logprobs(response_logits(model, batch), batch.response_ids, temperature)
+    """Return the log-probability of every response token, in nats; 0 outside the mask."""
+    mask = batch.response_mask
+    tokens = batch.response_ids[mask]
+    found = over_vocabulary(
+        model,
+        response_hidden(model.base_model, batch)[mask],
+        lambda logits, place: token_logprobs(logits[None], tokens[None, place], temperature)[0],
+    )
+    return spread(torch.cat(found), mask)
+
+
+@torch.no_grad()
+def measured_logprobs(
+    model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Return the log-probability of every response token and the entropy at its place, in nats, without gradients."""
+    mask = batch.response_mask
+    tokens = batch.response_ids[mask]
+
+    def both(logits: Tensor, place: slice) -> Tensor:
+        logprobs = token_logprobs(logits[None], tokens[None, place], temperature)[0]
+        return torch.stack([logprobs, token_entropy(logits[None], temperature)[0]])
+
+    logprobs, entropy = torch.cat(over_vocabulary(model, response_hidden(model.base_model, batch)[mask], both), 1)
+    return spread(logprobs, mask), spread(entropy, mask)
 
 
 def token_entropy(logits: Float[Tensor, "B R V"], temperature: float = 1.0) -> Float[Tensor, "B R"]:

@@ -18,10 +18,10 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     layer's computation directly (Chen et al. 2016, https://arxiv.org/abs/1604.06174). Whatever decided the forward
     pass, the adapter that is on above all, must be the same when ``backward`` is called.
     """
-    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    if not torch.is_grad_enabled() or not marked:
+    if not recomputes(model):
         yield
         return
+    marked = _marked(model)
     before = [module.training for module in marked]
     for module in marked:
         module.training = True
@@ -30,3 +30,12 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in zip(marked, before, strict=True):
             module.training = training
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Say whether a forward pass of now would be computed again in the backward pass."""
+    return torch.is_grad_enabled() and bool(_marked(model))
+
+
+def _marked(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]

@@ -14,7 +14,7 @@ from trials import LORA, Trial, sharp_model, stir
 
 from trlhf.config import ModelConfig, RlConfig, build_config
 from trlhf.knowledge import Knowledge
-from trlhf.logprobs import pad_sequences, response_logits
+from trlhf.logprobs import pad_sequences, response_logprobs
 from trlhf.merging import merged_state
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.interpolate import blend, blended, choose_share, interpolate
@@ -85,14 +85,14 @@ def test_a_trial_leaves_the_policy_as_it_was(tiny_model_dir: Path, layout: Any) 
     policy, reference = layout(tiny_model_dir)
     batch = pad_sequences([(1, 50, 60)], [(70, 80, 2)], 3)
 
-    def logits(role: Role) -> torch.Tensor:
+    def logprobs(role: Role) -> torch.Tensor:
         with torch.no_grad(), role.acting() as model:
-            return response_logits(model, batch)
+            return response_logprobs(model, batch)
 
     before = {name: value.clone() for name, value in policy.trainable().items()}
     with blended(policy, reference, 0.0):
-        torch.testing.assert_close(logits(policy), logits(reference))
-    assert not torch.allclose(logits(policy), logits(reference), atol=1e-3)
+        torch.testing.assert_close(logprobs(policy), logprobs(reference))
+    assert not torch.allclose(logprobs(policy), logprobs(reference), atol=1e-3)
     assert all(torch.equal(before[name], value) for name, value in policy.trainable().items())
 
 
@@ -134,7 +134,7 @@ def right_below(monkeypatch: pytest.MonkeyPatch, trial: Trial, most: float) -> N
         answer = "5" if gone <= most + 1e-3 else "6"
         return [[Rollout(p.id, "", (1,), (0.0,), True, answer)] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.interpolate.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.interpolate.sample_as", sample)
 
 
 def test_the_stage_goes_back_as_far_as_held_out_prompts_ask(
@@ -164,8 +164,10 @@ def test_too_few_prompts_are_said_and_nothing_is_done(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("trlhf"), "propagate", True)
     right_below(monkeypatch, trial, 0.5)
-    assert interpolate(ready(tmp_path, trial, 7)) is None
-    assert "rl.interpolate: skipped, since fewer than 8 held-out prompts were verified" in caplog.text
+    trainer = ready(tmp_path, trial, 7)
+    assert len(trainer.pool) == 7, "they are trained on: nothing else needs them"
+    assert "rl.interpolate: the stage will end without it, since 7 held-out prompts were verified" in caplog.text
+    assert interpolate(trainer) is None
     assert interpolate(ready(tmp_path, trial, 10, interpolate=False)) is None
 
 

@@ -263,7 +263,8 @@ def test_prompts_are_padded_on_the_left_and_their_positions_start_at_zero(
     forward = type(model).forward
 
     def watched(self: Any, **arguments: Any) -> Any:
-        calls.append({name: arguments[name].clone() for name in ("input_ids", "attention_mask", "position_ids")})
+        names = ("input_ids", "attention_mask", "position_ids")
+        calls.append({name: arguments[name].clone() for name in names if name in arguments})
         return forward(self, **arguments)
 
     monkeypatch.setattr(type(model), "forward", watched)

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NEED_A_MODEL = {"can_share_prompts", "response_hidden", "response_logits", "response_logprobs"}
+NEED_A_MODEL = {"can_share_prompts", "measured_logprobs", "response_hidden", "response_logprobs"}
 CHECKS_AND_WORDS = {"_check_design", "same_lengths", "_drawn", "_in_a_row", "_refund", "_check", "is_repetitive"}
 SEEN_THROUGH_OTHERS = {"_quadratic", "_longest_run", "_maximise"}  # chunks, runs, a search whose end `_polish` settles
 NOT_MUTATED = NEED_A_MODEL | CHECKS_AND_WORDS | SEEN_THROUGH_OTHERS

@@ -410,7 +410,7 @@ def test_every_plain_prompt_of_the_pool_becomes_an_anchor_once(tmp_path: Path, m
         drawn.extend(prompt.id for prompt in prompts)
         return [[Rollout(prompt.id, "Red.", token_ids=(7,), answer="Red")] for prompt in prompts]
 
-    monkeypatch.setattr("trlhf.rl.candidates.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.candidates.sample_as", sample)
     monkeypatch.setattr("trlhf.rl.buy.encode_prompt", lambda *_: [1])
     with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
         gold = GOLD | {prompt.id: "red" for prompt in plain}

@@ -93,15 +93,17 @@ def test_a_dry_run_prints_its_plan_and_starts_nothing(
         assert part in printed, printed
 
 
-def test_the_plan_counts_no_label_that_comes_with_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "example_model_solutions.jsonl").touch()
-    monkeypatch.setattr(plan, "at_hand", lambda _: False)  # there is nothing in it to be read
-    plan.print_plan(one("data=gsm8k", f"data.path={tmp_path}"))
+def test_the_plan_counts_no_label_that_comes_with_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, count in (("train", 60), ("test", 20)):
+        rows = [{"question": f"{name} {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    marked = {"question": "another?", "6b": {"solution": "1\n#### 1", "is_correct": True}}
+    (tmp_path / "example_model_solutions.jsonl").write_text(json.dumps(marked) + "\n")
+    sizes = ("data.sft_prompts=30", "data.pool_prompts=30", "data.test_prompts=20", "stage=sft")
+    plan.print_plan(one("data=gsm8k", f"data.path={tmp_path}", *sizes))
     printed = " ".join(capsys.readouterr().out.split())
     assert "labels: 64 at most, none of them for the reward stage, which takes those that come with the data" in printed
-    assert "(1200 at most)" in printed
+    assert "(1200 at most)" in printed and "(the data)" in printed
 
 
 def test_a_plan_without_known_sizes_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def equal(found: Named, expected: Named) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    """Say whether gradients are the same but for rounding: what is recomputed goes through the layers with padding."""
+    same = (torch.allclose(found[name], expected[name], atol=1e-6, rtol=1e-4) for name in expected)
+    return found.keys() == expected.keys() and all(same)
 
 
 def computed(model: Any) -> list[int]:

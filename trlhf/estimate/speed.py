@@ -86,7 +86,8 @@ def measure_cpu() -> Machine:
 def seconds_of(job: Job, machine: Machine) -> dict[str, float]:
     """Return the seconds of each stage that a run does, its longest sequences and all its prompts taken together."""
     parts = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
-    return {name: parts[name](job, machine) / (job.processes if name == "sft" else 1) for name in planned(job.config)}
+    names = [name for name in planned(job.config) if name in parts]  # others load no model
+    return {name: parts[name](job, machine) / (job.processes if name == "sft" else 1) for name in names}
 
 
 def forward_flops(job: Job, tokens: float, length: float, logits: float) -> float:

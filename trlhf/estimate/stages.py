@@ -22,7 +22,8 @@ PASSING = ("activations", "logits", "KV cache")
 def phases_of(job: Job) -> list[Phase]:
     """Return every phase of the stages that a run does."""
     stages: dict[str, Callable[[Job], Iterator[Phase]]] = {"sft": _sft, "reward": _reward, "rl": _rl, "eval": _eval}
-    return [_with_overhead(phase, job) for name in planned(job.config) for phase in stages[name](job)]
+    names = [name for name in planned(job.config) if name in stages]  # others load no model
+    return [_with_overhead(phase, job) for name in names for phase in stages[name](job)]
 
 
 def _with_overhead(phase: Phase, job: Job) -> Phase:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trlhf.knowledge import Knowledge
-from trlhf.logprobs import can_share_prompts, pad_sequences, response_logits
+from trlhf.logprobs import can_share_prompts, pad_sequences, response_hidden
 from trlhf.losses.ppo import full_kl_loss
 from trlhf.roles import Role
 from trlhf.targeting.choose import Candidate
+from trlhf.vocabulary import over_vocabulary
 
 MASTERED_SHARE = 0.85
 
@@ -83,11 +85,20 @@ def anchor_loss(policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id
     """
     prompts, responses = [a.prompt_ids for a in anchors], [a.response_ids for a in anchors]
     batch = pad_sequences(prompts, responses, pad_id, can_share_prompts(policy.model)).to(policy.device)
+    mask = batch.response_mask
     with torch.no_grad(), reference.acting() as model:
-        reference_logits = response_logits(model, batch)
+        reference_hidden = response_hidden(model.base_model, batch)[mask]
+
+    def divergence(logits: Tensor, place: slice) -> Tensor:
+        with torch.no_grad(), reference.acting() as model:
+            head: Any = model.get_output_embeddings()
+            reference_logits = head(reference_hidden[place])
+        every = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        return full_kl_loss(logits[None], reference_logits[None], every[None], denominator)
+
     with policy.acting() as model:
-        logits = response_logits(model, batch)
-    return full_kl_loss(logits, reference_logits, batch.response_mask, denominator)
+        found = over_vocabulary(model, response_hidden(model.base_model, batch)[mask], divergence)
+    return torch.stack(found).sum()
 
 
 def hold(

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from trlhf.config import RlConfig
 from trlhf.distributed import share, sum_counts
-from trlhf.logprobs import (
-    can_share_prompts,
-    pad_sequences,
-    response_logits,
-    response_logprobs,
-    token_entropy,
-    token_logprobs,
-)
+from trlhf.logprobs import SequenceBatch, can_share_prompts, measured_logprobs, pad_sequences, response_logprobs
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.losses.ppo import kl_estimate
 from trlhf.masks import masked_sum
@@ -115,6 +108,7 @@ class DpoLearner:
         self.optimizer = GuardedOptimizer(policy.trainable().values(), config.learning_rate, config, remedy)
         self.share_prompts = can_share_prompts(policy.model)
         self.hold = AnchorHold(policy, reference, config, pad_id)
+        self._known: dict[Pair, Tensor] = {}  # what the reference makes of the pairs of this update: [chosen, rejected]
 
     def update(
         self,
@@ -129,6 +123,7 @@ class DpoLearner:
         config = self.config
         self.optimizer.scale(lr_scale)
         pairs = build_pairs(groups, config.pairs_per_prompt, rng)
+        self._known = {}
         metrics = describe(groups) | self._measure(groups)
         metrics |= {"pairs": float(len(pairs)), "learning_rate": config.learning_rate * lr_scale}
         metrics["anchor_coef"] = self.hold.coef
@@ -162,9 +157,7 @@ class DpoLearner:
             ).to(self.policy.device)
             mask = batch.response_mask
             with self.policy.acting() as model:
-                logits = response_logits(model, batch)
-            own = token_logprobs(logits, batch.response_ids, config.temperature)
-            entropy = token_entropy(logits, config.temperature)
+                own, entropy = measured_logprobs(model, batch, config.temperature)
             with self.reference.acting() as model:
                 reference = response_logprobs(model, batch, config.temperature)
             sampled = sampler_logprobs(rollouts, mask)
@@ -202,10 +195,9 @@ class DpoLearner:
         prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
         responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
         batch = pad_sequences(prompts, responses, self.pad_id, self.share_prompts).to(self.policy.device)
-        with torch.no_grad(), self.reference.acting() as model:
-            reference = (response_logprobs(model, batch) * batch.response_mask).sum(1)
+        reference = self._reference(pairs, batch)
         with self.policy.acting() as model:
-            policy = (response_logprobs(model, batch) * batch.response_mask).sum(1)
+            policy = response_logprobs(model, batch).sum(1)  # 0 behind a response's end
         chosen, rejected = policy[::2], policy[1::2]
         weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device)
         loss, metrics = dpo_loss(
@@ -220,6 +212,15 @@ class DpoLearner:
                 "nll": float(nll) * denominator,
             }
         return loss + config.nll_coef * nll, metrics
+
+    @torch.no_grad()
+    def _reference(self, pairs: Sequence[Pair], batch: SequenceBatch) -> Tensor:
+        """Return the reference's log-probabilities of chosen, rejected, chosen, …: computed once in an update."""
+        if any(pair not in self._known for pair in pairs):
+            with self.reference.acting() as model:
+                found = response_logprobs(model, batch).sum(1)
+            self._known |= dict(zip(pairs, found.view(-1, 2).unbind(), strict=True))
+        return torch.cat([self._known[pair] for pair in pairs])
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a continued run needs beside the weights of the policy."""

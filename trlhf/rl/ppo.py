@@ -12,7 +12,7 @@ import torch
 from trlhf.advantages import explained_variance, gae, leave_one_out, whiten
 from trlhf.config import RlConfig
 from trlhf.distributed import share, sum_counts, sum_tensors
-from trlhf.logprobs import can_share_prompts, response_logits, response_logprobs, token_entropy, token_logprobs
+from trlhf.logprobs import can_share_prompts, measured_logprobs, response_logprobs
 from trlhf.losses.ppo import adapted_kl_coef, kl_estimate, kl_loss, ppo_loss, value_loss
 from trlhf.masks import masked_mean
 from trlhf.rl.anchors import Anchor
@@ -115,10 +115,9 @@ class PpoLearner:
                 batch = experience.batch(rows, self.pad_id, self.share_prompts)
                 width = batch.response_mask.shape[1]
                 with self.policy.acting() as model:
-                    logits = response_logits(model, batch)
-                own = token_logprobs(logits, batch.response_ids, config.temperature)
+                    own, spread = measured_logprobs(model, batch, config.temperature)
                 experience.old_logprobs[rows, :width] = own
-                entropy[rows, :width] = token_entropy(logits, config.temperature)
+                entropy[rows, :width] = spread
                 with self.reference.acting() as model:
                     reference = response_logprobs(model, batch, config.temperature)
                 experience.reference_logprobs[rows, :width] = reference

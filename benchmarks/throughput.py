@@ -1,0 +1,136 @@
+"""Speed side by side with peers, in one run: SFT, RL, DPO, evaluation and rollouts.
+
+    python benchmarks/throughput.py                          the CPU table, both shapes
+    python benchmarks/throughput.py --only sft --models 25m  a part of it
+    python benchmarks/throughput.py --quick                  a smoke test; its figures mean nothing
+
+Arms take turns and medians are compared, so that a busy machine slows all of them. Every comparison first makes sure
+that both sides do the same (the same losses, the same answers). What is measured already, by the same command and
+commit, is not measured again: delete the results or give ``--fresh``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from provenance import RESULTS, ROOT, commit, from_root, provenance
+
+from trlhf.files import write_json
+
+SUBJECTS = {
+    "sft": ("throughput_sft", "measure"),
+    "rl": ("throughput_rl", "measure_rl"),
+    "dpo": ("throughput_dpo", "measure_dpo"),
+    "eval": ("throughput_rollouts", "measure_evaluation"),
+    "rollouts": ("throughput_rollouts", "measure_rollouts"),
+}
+MODELS = ("micro", "25m")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="subjects")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of every arm")
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is measured already")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "throughput")
+    parser.add_argument("--output", type=Path, default=None)
+    return parser.parse_args(arguments)
+
+
+def prepare() -> None:
+    """Do to torch what the command line does: freed memory is kept, by peers too."""
+    import logging
+
+    from trlhf.allocator import keep_freed_memory
+    from trlhf.console import quiet_libraries
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet_libraries()
+    keep_freed_memory()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def known(path: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells that the same code and sizes have measured."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = found.get("key") == key and not key["commit"].endswith("-dirty")
+    return dict(found["cells"]) if same else {}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure every cell that is asked for, writing the results after each."""
+    from throughput_setting import Setting
+
+    output = options.output or RESULTS / ("throughput_quick.json" if options.quick else "throughput.json")
+    key = {"commit": commit(), "repeats": options.repeats, "quick": options.quick}
+    results = {**provenance(), "key": key, "cells": {} if options.fresh else known(output, key)}
+    for model in options.models:
+        setting = Setting(model=model, repeats=options.repeats, quick=options.quick, folder=options.folder)
+        for subject in options.only:
+            name = f"{subject}, {model}"
+            if name in results["cells"]:
+                continue
+            print(f"{name} …", flush=True)
+            module, function = SUBJECTS[subject]
+            begun, load = time.monotonic(), os.getloadavg()[0]
+            cell = getattr(importlib.import_module(module), function)(setting)
+            if cell is None:
+                continue
+            seconds = round(time.monotonic() - begun, 1)
+            results["cells"][name] = cell | {"took_s": seconds, "load": [round(load, 1), round(os.getloadavg()[0], 1)]}
+            write_json(output, results)
+    print(f"\n{table(results['cells'])}\n\nwritten to {from_root(output)}")
+    return results
+
+
+def table(cells: dict[str, Any]) -> str:
+    """Return the cells as a markdown table: each arm's rate, and how many times as fast ours is."""
+    lines = ["| | arm | rate | trlhf is faster by | by CPU time | mark | peak memory |"]
+    lines.append("| --- | --- |" + " ---: |" * 5)
+    for name, cell in cells.items():
+        if "skipped" in cell:
+            lines.append(f"| {name} | {cell['skipped']} | | | | | |")
+        for arm, found in cell["arms"].items():
+            times = [
+                f"{cell[kind][arm]:.2f}" if arm in cell[kind] else "" for kind in ("ratios", "ratios_cpu", "marks")
+            ]
+            rate = f"{found['per_second']:.4g} {cell['unit']}"
+            lines.append(f"| {name} | {arm} | {rate} | {' | '.join(times)} | {found['peak_mb']:.0f} MB |")
+    return "\n".join(lines)
+
+
+def missed(cells: dict[str, Any]) -> list[str]:
+    """Return the marks that are not reached."""
+    return [
+        f"{name}: {cell['ratios'][peer]:.2f} times {peer}, mark {mark}"
+        for name, cell in cells.items()
+        for peer, mark in cell.get("marks", {}).items()
+        if peer in cell.get("ratios", {}) and cell["ratios"][peer] < mark
+    ]
+
+
+def main() -> int:
+    """Measure; 1 where a mark is missed, except in a smoke test."""
+    options = parse(sys.argv[1:])
+    prepare()
+    misses = missed(run(options)["cells"])
+    for line in misses:
+        print(line)
+    return 1 if misses and not options.quick else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
