@@ -28,31 +28,54 @@ from trlhf.files import write_json
 
 LOW, HIGH = 0.8, 1.25
 SMALL = (
-    *("data.sft_prompts=96", "sft.epochs=1", "data.test_prompts=96", "reward.labels=24", "reward.samples_per_prompt=4"),
-    *("rl.rounds=1", "rl.steps_per_round=2", "targeting.candidates=32", "targeting.samples_per_prompt=4"),
-    *("rl.value_warmup_steps=1", "targeting.budget=40"),
+    *("data.sft_prompts=96", "sft.epochs=1", "data.test_prompts=128", "reward.labels=60", "targeting.budget=90"),
+    *("rl.rounds=1", "rl.steps_per_round=2", "targeting.candidates=32", "rl.value_warmup_steps=1"),
 )
-LARGER = ("rl.max_new_tokens=48", "evaluation.max_new_tokens=48", "rl.prompts_per_step=8", "rl.samples_per_prompt=4")
-LARGER += ("rl.minibatch_size=16", "rl.rollout_batch_size=32", "evaluation.batch_size=32", "data.sft_prompts=32")
-LARGER += ("data.test_prompts=32", "targeting.candidates=16", "targeting.samples_per_prompt=2", "reward.labels=24")
-LARGER += ("reward.samples_per_prompt=2", "rl.unverified_share=0.5", "rl.steps_per_round=1", "rl.epochs=1")
+LARGER = (
+    *("data=file", "sft.epochs=1", "rl.rounds=1", "rl.steps_per_round=1", "rl.value_warmup_steps=0", "rl.epochs=1"),
+    *("rl.max_new_tokens=48", "evaluation.max_new_tokens=48", "rl.prompts_per_step=8", "rl.samples_per_prompt=4"),
+    *("rl.minibatch_size=16", "rl.rollout_batch_size=32", "evaluation.batch_size=32", "targeting.candidates=16"),
+    *("targeting.samples_per_prompt=2", "targeting.budget=10", "rl.unverified_share=0.5", "reward.epochs=1"),
+)
 LORA = ("model.lora.enabled=true", "reward.finetune=lora", "reward.epochs=1")
-CELLS: dict[str, tuple[str, tuple[str, ...]]] = {  # name → model, overrides beyond SMALL
-    "embedded": ("micro", ()),
-    "embedded_dpo": ("micro", ("rl=dpo",)),
-    "embedded_micro4": ("micro", ("sft.microbatch_size=4", "rl.microbatch_size=4")),
-    "embedded_lora": ("micro", (*LORA, "rl.advantage=gae")),
-    "embedded_nf4": ("micro", (*LORA, "model.quantization=nf4")),
-    "larger": ("larger", (*LARGER, "sft.microbatch_size=8", "rl.microbatch_size=8")),
+EIGHT = ("sft.microbatch_size=8", "rl.microbatch_size=8", "reward.microbatch_size=4")
+CELLS: dict[str, tuple[str, tuple[str, ...]]] = {  # name → model, overrides
+    "embedded": ("micro", SMALL),
+    "embedded_dpo": ("micro", (*SMALL, "rl=dpo")),
+    "embedded_micro4": ("micro", (*SMALL, "sft.microbatch_size=4", "rl.microbatch_size=4")),
+    "embedded_lora": ("micro", (*SMALL, *LORA, "rl.advantage=gae")),
+    "embedded_nf4": ("micro", (*SMALL, *LORA, "model.quantization=nf4")),
+    "larger": ("larger", (*LARGER, *EIGHT)),
     "larger_micro2": ("larger", (*LARGER, "sft.microbatch_size=2", "rl.microbatch_size=4")),
-    "larger_lora": ("larger", (*LARGER, *LORA, "sft.microbatch_size=8", "rl.microbatch_size=8", "rl.advantage=gae",
-                               "reward.microbatch_size=4")),
-    "larger_checkpointed": ("larger", (*LARGER, *LORA, "sft.microbatch_size=8", "rl.microbatch_size=8",
-                                       "reward.microbatch_size=4", "model.gradient_checkpointing=true")),
-    "larger_nf4": ("larger", (*LARGER, *LORA, "sft.microbatch_size=4", "rl.microbatch_size=4",
-                              "reward.microbatch_size=4", "model.quantization=nf4", "model.dtype=bfloat16")),
-}  # fmt: skip
+    "larger_lora": ("larger", (*LARGER, *LORA, *EIGHT, "rl.advantage=gae")),
+    "larger_checkpointed": ("larger", (*LARGER, *LORA, *EIGHT, "model.gradient_checkpointing=true")),
+    "larger_nf4": ("larger", (*LARGER, *LORA, *EIGHT, "model.quantization=nf4", "model.dtype=bfloat16")),
+}
 STAGES = ("sft", "reward", "rl", "eval")
+
+
+def world_files(folder: Path) -> list[str]:
+    """Write some of the embedded world, with labels on right and wrong responses, and return the overrides to read it.
+
+    A random model answers nothing that a label could be asked about, so the labels come with the data.
+    """
+    from trlhf.files import write_jsonl
+    from trlhf.micro.world import generate
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = [item for item in generate("pool", 96) if item.answer is not None][:64]
+    write_jsonl(folder / "sft.jsonl", ({"messages": item.demonstration.messages} for item in generate("train", 32)))
+    for name, items in (("pool", pool), ("test", generate("test", 32))):
+        rows = ({"messages": item.prompt.messages, "answer": item.answer} for item in items if item.answer is not None)
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    pairs = zip(pool, pool[1:] + pool[:1], strict=True)
+    labels = [
+        {"prompt": item.prompt.messages[-1]["content"], "response": text, "label": text == item.response}
+        for item, other in pairs
+        for text in (item.response, other.response)
+    ]
+    write_jsonl(folder / "labels.jsonl", labels)
+    return [f"data.{name}={folder / name}.jsonl" for name in ("sft", "pool", "test", "labels")]
 
 
 def one(overrides: Sequence[str]) -> None:
@@ -114,8 +137,9 @@ def estimated(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
 def cell(name: str, folder: Path) -> dict[str, Any]:
     """Measure the four stages of a cell, one after another in one run directory."""
     model, overrides = CELLS[name]
-    base = [f"model.name={larger_base(folder.parent / 'base')}"] if model == "larger" else []
-    arguments = [*SMALL, *base, *overrides]
+    arguments = [*overrides]
+    if model == "larger":
+        arguments += [f"model.name={larger_base(folder.parent / 'base')}", *world_files(folder.parent / "world")]
     expected = estimated(arguments)
     result: dict[str, Any] = {}
     for stage in STAGES:

@@ -51,7 +51,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("name", "dtype", "quantization", "attention", "kernels", "device", "microbatch", "rollouts"),
     [
         ("cpu", "bfloat16", "none", "sdpa", "torch", "cpu", 1, 8),
-        ("gpu-24gb", "bfloat16", "nf4", "auto", "auto", "cuda", 2, 16),
+        ("gpu-24gb", "bfloat16", "nf4", "auto", "auto", "cuda", 4, 32),
         ("gpu-80gb", "bfloat16", "none", "auto", "auto", "cuda", 8, 128),
         ("multi-gpu", "bfloat16", "none", "auto", "auto", "cuda", 8, 128),
     ],

@@ -25,6 +25,8 @@ class Lengths:
         demonstrations: how many.
         tests: how many.
         source: where this comes from, in words.
+        labelled: how many responses come with labels; 0: none, or nobody has counted them.
+        labelled_response: longest of them, with its prompt.
     """
 
     demonstration: int
@@ -37,6 +39,8 @@ class Lengths:
     demonstrations: int
     tests: int
     source: str
+    labelled: int = 0
+    labelled_response: int = 0
 
 
 def longest_possible(config: Config) -> Lengths:
@@ -57,7 +61,11 @@ def longest_possible(config: Config) -> Lengths:
 
 
 def lengths_of(
-    demonstrations: Sequence[tuple[int, int]], prompts: Sequence[int], tests: Sequence[int], config: Config
+    demonstrations: Sequence[tuple[int, int]],
+    prompts: Sequence[int],
+    tests: Sequence[int],
+    config: Config,
+    labelled: Sequence[int] = (),
 ) -> Lengths:
     """Return the lengths of data that were read; the policy is taken to answer as long as the demonstrations do.
 
@@ -66,6 +74,7 @@ def lengths_of(
         prompts: tokens of each prompt of the pool.
         tests: tokens of each held-out prompt.
         config: what is missing is taken to be as long as possible.
+        labelled: tokens of each response that comes with a label, with its prompt.
     """
     most = longest_possible(config)
     rows = [prompt + response for prompt, response in demonstrations] or [most.demonstration]
@@ -82,4 +91,6 @@ def lengths_of(
         demonstrations=len(rows),
         tests=len(tests),
         source="the data",
+        labelled=len(labelled),
+        labelled_response=max(labelled, default=0),
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def at_hand(config: Config) -> bool:
     """Say whether tokenizer and data lie on this machine, so that reading them downloads nothing."""
     data = config.data
-    paths = [path for path in (data.path, data.sft, data.pool, data.test) if path is not None]
+    paths = [path for path in (data.path, data.sft, data.pool, data.test, data.labels) if path is not None]
     model = config.model.name == "micro" or Path(config.model.name).expanduser().is_dir()
     return model and all(Path(path).expanduser().exists() for path in paths)
 
@@ -49,9 +49,15 @@ def measure(task: Task, tokenizer: Any, config: Config) -> Lengths:
         lengths = [len(encode_prompt(tokenizer, prompt.messages)) for prompt in prompts]
         return [length for length in lengths if length + response <= config.model.max_length]
 
+    texts = [(label.prompt, label.response) for label in task.labelled]
+    texts += [(pair.prompt, text) for pair in task.pairs for text in (pair.first, pair.second)]
+    labelled = [
+        len(encode_prompt(tokenizer, prompt.messages)) + len(encode_response(tokenizer, text)) for prompt, text in texts
+    ]
     return lengths_of(
         [row for row in rows if sum(row) <= config.model.max_length],
         fitting(task.pool, config.rl.max_new_tokens),
         fitting(task.test, config.evaluation.max_new_tokens),
         config,
+        [length for length in labelled if length <= config.model.max_length],
     )

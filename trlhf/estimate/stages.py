@@ -9,10 +9,12 @@ from trlhf.checks import labels_come_with
 from trlhf.config import ModelConfig
 from trlhf.estimate.activations import forward_of
 from trlhf.estimate.memory import Job, Phase
-from trlhf.estimate.passes import anchors_head, backward, decoding, fused_head, layout, own_head, reading
+from trlhf.estimate.passes import POOLED_ROWS, anchors_head, backward, decoding, fused_head, layout, own_head, reading
 from trlhf.run import planned
 
+# Measured on the embedded and a larger model (benchmarks/estimate.py), two cores, glibc:
 CPU_CONSTANT = 60e6  # bytes: Python's objects, data, buffers of the maths library
+CPU_ADAPTERS = 35e6  # bytes: what peft loads when it makes the first adapter
 CPU_SHARE = 0.36  # of what comes and goes: what the C library keeps in holes between what is in use
 PASSING = ("activations", "logits", "KV cache")
 
@@ -29,6 +31,7 @@ def _with_overhead(phase: Phase, job: Job) -> Phase:
         return phase
     passing = sum(phase.parts.get(part, 0.0) for part in PASSING)
     other = phase.parts.get("other", 0.0) + CPU_CONSTANT + CPU_SHARE * passing
+    other += CPU_ADAPTERS if phase.parts.get("adapters") else 0.0
     return Phase(phase.stage, phase.name, {**phase.parts, "other": other})
 
 
@@ -61,15 +64,18 @@ def _reward(job: Job) -> Iterator[Phase]:
     sft_adapter = job.adapter if config.model.quantization != "none" else 0.0
     own = "float32" if reward.finetune == "full" else config.model.dtype
     base = job.shape.base_bytes(config.model)
-    sampled = reward.labels * reward.samples_per_prompt
-    if not labels_come_with(config.data) and reward.labels:
+    labelled, length = lengths.labelled or reward.max_labelled or POOLED_ROWS, lengths.prompt + lengths.response
+    if labels_come_with(config.data):
+        length = lengths.labelled_response or length
+    else:
         held = {"weights": base, "adapters": sft_adapter}
-        batch, samples = min(rl.rollout_batch_size, sampled), reward.samples_per_prompt
+        samples = reward.samples_per_prompt
+        batch, labelled = min(rl.rollout_batch_size, reward.labels * samples), reward.labels * max(2, samples // 2)
         for parts in decoding(job, batch, samples, lengths.prompt, lengths.response, config.model.dtype):
             yield Phase("reward", "sampling", held | parts)
-    length = lengths.prompt + lengths.response
     weights = job.shape.parameters * 4.0 if reward.finetune == "full" else base
-    yield Phase("reward", "reading", {"weights": weights, "adapters": sft_adapter} | reading(job, sampled, length, own))
+    held = {"weights": weights, "adapters": sft_adapter}
+    yield Phase("reward", "reading", held | reading(job, labelled, length, own))
     if reward.finetune == "frozen":
         return
     learned = 4.0 * (job.shape.parameters if reward.finetune == "full" else job.shape.adapter_parameters(config.model))
@@ -78,7 +84,7 @@ def _reward(job: Job) -> Iterator[Phase]:
     held["other"] = 2 * learned  # the best epoch so far, and the next
     how = forward_of(_as_trained(job, reward.finetune), training=False, masked=True)
     # A comparison is about two responses, but a verdict becomes a label of every response that ends as it says.
-    rows = round(reward.microbatch_size * (1 + config.targeting.preference_share / 3))
+    rows = min(labelled, round(reward.microbatch_size * (1 + config.targeting.preference_share / 3)))
     yield Phase("reward", "backward pass", held | backward(job, how, rows, length, 0.0))
 
 
@@ -107,7 +113,12 @@ def _rl(job: Job) -> Iterator[Phase]:
     batch = min(rl.rollout_batch_size, sampled)
     for parts in decoding(job, batch, rl.samples_per_prompt, lengths.prompt, lengths.response, job.loaded):
         yield Phase("rl", "rollouts", held | parts)
-    yield Phase("rl", "reading", held | reading(job, sampled, lengths.prompt + lengths.response, job.loaded))
+    looked_at = config.targeting.candidates * config.targeting.samples_per_prompt
+    length = max(lengths.prompt + lengths.response, lengths.labelled_response)
+    fresh = {"weights": weights, "adapters": adapters}  # the first round's reading comes before any step
+    yield Phase("rl", "first reading", fresh | reading(job, max(looked_at, lengths.labelled), length, job.loaded))
+    later = sampled if rl.rounds == 1 else max(sampled, looked_at)
+    yield Phase("rl", "reading", held | reading(job, later, lengths.prompt + lengths.response, job.loaded))
     group = 2 if rl.algorithm == "dpo" else rl.samples_per_prompt
     shares = not model.attention.startswith("flash")
     rows, width, shared = layout(lengths.prompt, lengths.response, rl.microbatch_size, group, shares)
