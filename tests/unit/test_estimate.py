@@ -14,18 +14,19 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from trlhf.compose import compose
 from trlhf.config import Config, LoraConfig, ModelConfig, RlConfig
+from trlhf.decoding import start_decoding
 from trlhf.estimate import speed
-from trlhf.estimate.activations import activation_bytes, forward_of, graph_bytes, layer_bytes
+from trlhf.estimate.activations import Packed, Rows, activation_bytes, forward_of, graph_bytes, layer_bytes
 from trlhf.estimate.lengths import lengths_of, longest_possible
 from trlhf.estimate.measure import at_hand, read_lengths
 from trlhf.estimate.memory import Job, peaks
-from trlhf.estimate.passes import layout
+from trlhf.estimate.passes import decoding, of_responses, rows_of
 from trlhf.estimate.remedies import needed, remedies
 from trlhf.estimate.report import fit_lines, lengths_line, time_line
 from trlhf.estimate.shape import MISTRAL_7B, Shape, shape_of
 from trlhf.estimate.speed import Machine, machine_of, measure_cpu, seconds_of
 from trlhf.estimate.stages import phases_of
-from trlhf.logprobs import pad_sequences
+from trlhf.logprobs import pad_sequences, response_hidden
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
 from trlhf.recompute import recomputing
 from trlhf.rl.optimizer import GuardedOptimizer
@@ -128,10 +129,30 @@ def test_what_autograd_keeps(
         positions = torch.arange(WIDTH).repeat(ROWS, 1)
         acting.model(input_ids=ids, attention_mask=given, position_ids=positions, use_cache=False)
     how = forward_of(config, training=autocast, masked=mask != "none", shared_mask=mask == "shared")
-    assert graph_bytes(shape(folder), how, ROWS, WIDTH) == pytest.approx(sum(sizes.values()), rel=0.01)
-    whole = activation_bytes(shape(folder), how, ROWS, WIDTH)
-    least = ROWS * WIDTH * layer_bytes(shape(folder), how, WIDTH) if checkpointed else 0
-    assert whole >= sum(sizes.values()) * 0.99 + least
+    layout = Rows(ROWS, WIDTH)
+    assert graph_bytes(shape(folder), how, layout) == pytest.approx(sum(sizes.values()), rel=0.01)
+    least = layer_bytes(shape(folder), how, layout) if checkpointed else 0
+    assert activation_bytes(shape(folder), how, layout) >= sum(sizes.values()) * 0.99 + least
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("prompt", "response", "samples"), [(20, 15, 4), (40, 60, 8), (9, 1, 2), (30, 20, 1)])
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_what_autograd_keeps_of_responses(
+    folder: Path, kind: tuple[str, str, str], prompt: int, response: int, samples: int, checkpointed: bool
+) -> None:
+    """As PPO and DPO compute them: packed behind the prompts that they share, or in rows that are computed twice."""
+    config = config_of(folder, kind, gradient_checkpointing=checkpointed)
+    loaded = config if config.lora.enabled else replace(config, dtype="float32")
+    model: Any = load_causal_lm(folder, loaded, quantized=kind[2] != "none")
+    role = SharedBase(model, config).add("policy", 0) if config.lora.enabled else Role(model)
+    prompts = [[5 + i // samples] * prompt for i in range(2 * samples)]
+    batch = pad_sequences(prompts, [[7] * response] * (2 * samples), 3, True)
+    with kept_by_autograd(model) as sizes, role.acting() as acting:
+        response_hidden(acting.model, batch)
+    how, layout = of_responses(config, prompt, response, 2 * samples, samples)
+    assert isinstance(layout, Rows if checkpointed else Packed)
+    assert graph_bytes(shape(folder), how, layout) == pytest.approx(sum(sizes.values()), rel=0.03)
 
 
 def test_the_cache_is_as_large_as_transformers_makes_it(folder: Path) -> None:
@@ -182,9 +203,23 @@ def test_rows_are_laid_out_as_log_probabilities_are_computed(
 ) -> None:
     prompts = [[1 + i // min(group, responses)] * prompt for i in range(responses)]
     batch = pad_sequences(prompts, [[5] * response] * responses, 3, shared)
-    rows, width, together = layout(prompt, response, responses, group, shared)
-    assert batch.input_ids.shape == (rows, width)
-    assert together == (batch.attention_mask.dim() == 4)
+    rows, together = rows_of(prompt, response, responses, group, shared)
+    assert batch.input_ids.shape == (rows, prompt + together * response)
+    assert (together > 1) == (batch.attention_mask.dim() == 4)
+
+
+def test_what_decoding_holds(folder: Path) -> None:
+    model = load_causal_lm(folder, ModelConfig(name=str(folder)))
+    with torch.no_grad():
+        decoder: Any = start_decoding(model, [[5] * 30, [6] * 30], 4, 3, 100)
+        for _ in range(70):
+            decoder.step(torch.zeros(8, dtype=torch.long))
+    held = sum(keys.nbytes + values.nbytes for keys, values in decoder._shared.layers)
+    held += sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder._layers)
+    run = Config(model=ModelConfig(name=str(folder)))
+    job = Job(run, shape(folder), longest_possible(run))
+    _, writing = decoding(job, 8, 4, 30, 70, "float32")
+    assert writing["KV cache"] == pytest.approx(held * (1 + 1 / 3))  # and a layer's copy where it grows
 
 
 @pytest.mark.parametrize(("name", "limit"), [("gpu-24gb", 22.0), ("gpu-80gb", 79.0), ("multi-gpu", 79.0)])

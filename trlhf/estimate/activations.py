@@ -81,52 +81,108 @@ def forward_of(model: ModelConfig, *, training: bool, masked: bool, shared_mask:
     )
 
 
-def attention_bytes(shape: Shape, how: Forward, width: int) -> float:
-    """Return what the attention of one layer keeps of a token: q, k, v, the output, and what its kernel adds."""
-    q, k, value = shape.queries, shape.keys, how.computed
+@dataclass(frozen=True)
+class Rows:
+    """Tokens in ``rows`` rows of ``width`` positions, padding included."""
+
+    rows: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Return how many go through the layers."""
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Responses behind prompts that they share, without padding, as `trlhf.packed_attention` lays them out.
+
+    Attributes:
+        prompts: how many.
+        prompt: tokens of each.
+        responses: how many, of all prompts together.
+        response: tokens of each, the last of which is predicted and not read.
+    """
+
+    prompts: int
+    prompt: int
+    responses: int
+    response: int
+
+    @property
+    def read(self) -> int:
+        """Return how many tokens of responses go through the layers."""
+        return self.responses * (self.response - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens go through the layers."""
+        return self.prompts * self.prompt + self.read
+
+
+Layout = Rows | Packed
+
+
+def attention_bytes(shape: Shape, how: Forward, layout: Layout) -> float:
+    """Return what the attention of one layer keeps: q, k, v, the output, and what its kernel adds."""
+    if isinstance(layout, Packed):
+        return _packed_attention(shape, how, layout)
+    q, k, value, tokens = shape.queries, shape.keys, how.computed, layout.tokens
     if how.attention == "eager":  # k and v for every head, probabilities in float32 and in the type of v
         output = 1 if how.full or how.weight == 4 else 0  # else the copy that o_proj's adapter makes is kept instead
-        return q * (3.0 + output) * value + shape.heads * width * (4 if value == 4 else 6)
+        return tokens * (q * (3.0 + output) * value + shape.heads * layout.width * (4 if value == 4 else 6))
     repeated = how.mask != "none" and how.attention == "sdpa"  # masked, sdpa wants k and v once for every query head
     kept = (2 * q + 2 * (q if repeated else k)) * value + 4.0 * shape.heads  # the last: log-sum-exp
-    return kept + (width * value if how.mask == "layer" else 0)
+    return tokens * (kept + (layout.width * value if how.mask == "layer" else 0))
 
 
-def layer_bytes(shape: Shape, how: Forward, width: int) -> float:
-    """Return what one layer keeps of a token in a row of ``width`` positions, without checkpointing."""
+def _packed_attention(shape: Shape, how: Forward, layout: Packed) -> float:
+    """Prompts over themselves; responses over their prompt, laid out once more for each, and over themselves."""
+    q, value, own = shape.queries, how.computed, layout.response - 1
+    behind = layout.prompt + own
+    prompts = layout.prompts * layout.prompt * (4.0 * q * value + 4 * shape.heads)
+    responses = layout.read * (2.0 * q * value + 4 * shape.heads) + layout.responses * behind * 2.0 * q * value
+    mask = float(layout.read * behind * value)
+    gathered = layout.tokens * how.copy(("o_proj",), q) if how.full or how.weight == 4 else 0.0
+    return prompts + (responses + mask if own else 0.0) + gathered
+
+
+def layer_bytes(shape: Shape, how: Forward, layout: Layout) -> float:
+    """Return what one layer keeps, without checkpointing."""
     h, q, i, value = shape.hidden, shape.queries, shape.intermediate, how.computed
     norms = 2 * (4 * h + 4 + (how.weight * h if how.full else 0))  # float32 input, 1/rms; what the weight multiplies
     inputs = how.copy(("q_proj", "k_proj", "v_proj"), h) + how.copy(("gate_proj", "up_proj"), h)
     out = 0.0 if how.full or how.weight == 4 else how.copy(("o_proj",), q)  # else it is the attention's own output
     gates = 3 * i * value + how.copy(("down_proj",), i)  # gate, silu(gate), up; and their product where it is needed
     low_rank = len(how.adapters) * how.rank * (2 if how.autocast else 4)
-    return norms + inputs + out + gates + low_rank + attention_bytes(shape, how, width)
+    return layout.tokens * (norms + inputs + out + gates + low_rank) + attention_bytes(shape, how, layout)
 
 
-def graph_bytes(shape: Shape, how: Forward, rows: int, width: int) -> float:
-    """Return what the graph of all layers and the last norm keeps for ``rows`` rows of ``width`` positions."""
-    last = 4 * shape.hidden + 4 + (how.weight * shape.hidden if how.full else 0)
+def graph_bytes(shape: Shape, how: Forward, layout: Layout) -> float:
+    """Return what the graph of all layers and the last norm keeps."""
+    last = 4 * shape.hidden + 4 + (how.weight * shape.hidden if how.full else 0) + (8 if how.full else 0)
     if how.checkpointed:
-        layers = float(shape.layers * shape.hidden * how.weight)
+        layers = float(layout.tokens * shape.layers * shape.hidden * how.weight)
     else:
-        layers = shape.layers * layer_bytes(shape, how, width)
-        layers -= 0 if how.full else 4 * shape.hidden + 4  # no gradient goes below the first layer's adapters
-    beside = 0.0 if how.checkpointed else beside_bytes(shape, how, rows, width)
-    return rows * width * (layers + last + (8 if how.full else 0)) + beside
+        layers = shape.layers * layer_bytes(shape, how, layout)
+        # No gradient goes below the first layer's adapters.
+        layers -= 0.0 if how.full else layout.tokens * (4 * shape.hidden + 4)
+    return layers + layout.tokens * last + (0.0 if how.checkpointed else beside_bytes(shape, how, layout))
 
 
-def beside_bytes(shape: Shape, how: Forward, rows: int, width: int) -> float:
+def beside_bytes(shape: Shape, how: Forward, layout: Layout) -> float:
     """Return what all layers share: rotations, a mask in numbers, bfloat16 copies of weights."""
-    mask = width * how.weight if how.mask == "shared" else 0
-    return rows * width * float(2 * shape.head_size * how.weight + mask) + cast_bytes(shape, how)
+    mask = layout.width * how.weight if isinstance(layout, Rows) and how.mask == "shared" else 0
+    return layout.tokens * float(2 * shape.head_size * how.weight + mask) + cast_bytes(shape, how)
 
 
-def activation_bytes(shape: Shape, how: Forward, rows: int, width: int) -> float:
+def activation_bytes(shape: Shape, how: Forward, layout: Layout) -> float:
     """Return what is held at most when the backward pass begins; with checkpointing, when it recomputes a layer."""
-    graph = graph_bytes(shape, how, rows, width)
+    graph = graph_bytes(shape, how, layout)
     if not how.checkpointed:
         return graph
-    return graph + beside_bytes(shape, how, rows, width) + rows * width * layer_bytes(shape, how, width)
+    return graph + beside_bytes(shape, how, layout) + layer_bytes(shape, how, layout)
 
 
 def cast_bytes(shape: Shape, how: Forward) -> float:

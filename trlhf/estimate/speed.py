@@ -14,7 +14,7 @@ import numpy as np
 
 from trlhf.checks import labels_come_with
 from trlhf.estimate.memory import Job
-from trlhf.estimate.passes import layout
+from trlhf.estimate.passes import of_responses
 from trlhf.hardware import cards
 from trlhf.run import planned
 
@@ -147,8 +147,8 @@ def _rl(job: Job, machine: Machine) -> float:
     prompt = lengths.mean_prompt
     seconds = _decoding(job, machine, steps * responses + looked_at, rl.rollout_batch_size, prompt, adapters=True)
     mean = max(1, round(lengths.mean_response))
-    rows, width, _ = layout(round(prompt), mean, rl.microbatch_size, rl.samples_per_prompt, True)
-    share = rows * width / rl.microbatch_size  # tokens of a response, with its share of the prompt
+    _, layout = of_responses(config.model, round(prompt), mean, rl.microbatch_size, rl.samples_per_prompt)
+    share, width = layout.tokens / rl.microbatch_size, prompt + mean  # tokens of a response, with its part of a prompt
     tokens = steps * responses * share
     logits = steps * responses * lengths.mean_response
     learners = 1 + (rl.algorithm == "ppo" and rl.advantage == "gae")

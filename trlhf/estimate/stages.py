@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from trlhf.checks import labels_come_with
 from trlhf.config import ModelConfig
-from trlhf.estimate.activations import forward_of
+from trlhf.estimate.activations import Rows, forward_of
 from trlhf.estimate.memory import Job, Phase
-from trlhf.estimate.passes import POOLED_ROWS, anchors_head, backward, decoding, fused_head, layout, own_head, reading
+from trlhf.estimate.passes import POOLED_ROWS, backward, decoding, fused_head, of_responses, own_head, reading
 from trlhf.run import planned
 
 # Measured on the embedded and a larger model (benchmarks/estimate.py), two cores, glibc:
@@ -47,7 +47,7 @@ def _sft(job: Job) -> Iterator[Phase]:
     how = forward_of(config.model, training=True, masked=sft.packing or rows > 1)
     held = {"weights": job.base, "adapters": job.adapter, "optimizer": 2 * job.learned}
     head = 4.0 * shape.vocabulary * shape.hidden if job.full else 0.0
-    parts = backward(job, how, rows, width, fused_head(job, how, rows * width))
+    parts = backward(job, how, Rows(rows, width), fused_head(job, how, rows * width))
     yield Phase("sft", "backward pass", held | parts | {"gradients": job.learned if steps > 1 else head})
     yield Phase("sft", "optimizer step", held | {"gradients": job.learned, "other": _step(job)})
 
@@ -85,7 +85,7 @@ def _reward(job: Job) -> Iterator[Phase]:
     how = forward_of(_as_trained(job, reward.finetune), training=False, masked=True)
     # A comparison is about two responses, but a verdict becomes a label of every response that ends as it says.
     rows = min(labelled, round(reward.microbatch_size * (1 + config.targeting.preference_share / 3)))
-    yield Phase("reward", "backward pass", held | backward(job, how, rows, length, 0.0))
+    yield Phase("reward", "backward pass", held | backward(job, how, Rows(rows, length), 0.0))
 
 
 def _as_trained(job: Job, finetune: str) -> ModelConfig:
@@ -120,17 +120,14 @@ def _rl(job: Job) -> Iterator[Phase]:
     later = sampled if rl.rounds == 1 else max(sampled, looked_at)
     yield Phase("rl", "reading", held | reading(job, later, lengths.prompt + lengths.response, job.loaded))
     group = 2 if rl.algorithm == "dpo" else rl.samples_per_prompt
-    shares = not model.attention.startswith("flash")
-    rows, width, shared = layout(lengths.prompt, lengths.response, rl.microbatch_size, group, shares)
-    how = forward_of(model, training=False, masked=rows > 1 or shared, shared_mask=shared)
+    how, layout = of_responses(model, lengths.prompt, lengths.response, rl.microbatch_size, group)
     logits = own_head(job, how, rl.microbatch_size * lengths.response)
-    yield Phase("rl", "backward pass", held | backward(job, how, rows, width, logits))
+    yield Phase("rl", "backward pass", held | backward(job, how, layout, logits))
     if rl.anchor_coef and rl.anchor_prompts:  # whatever is mastered is short: their mean length is taken
-        rows, response = min(rl.anchor_prompts, rl.microbatch_size), round(lengths.mean_response)
-        how = forward_of(model, training=False, masked=rows > 1)
-        logits = anchors_head(job, how, rows * response)
-        parts = backward(job, how, rows, round(lengths.mean_prompt) + response, logits)
-        yield Phase("rl", "anchors", held | parts)
+        anchors, response = min(rl.anchor_prompts, rl.microbatch_size), round(lengths.mean_response)
+        how, layout = of_responses(model, round(lengths.mean_prompt), response, anchors, 1)
+        logits = own_head(job, how, anchors * response, anchors=True)
+        yield Phase("rl", "anchors", held | backward(job, how, layout, logits))
     yield Phase("rl", "optimizer step", held | {"other": _step(job)})
 
 
