@@ -107,7 +107,7 @@ def test_every_experiment_takes_the_micro_model(experiment: str, algorithm: str)
     default = one(f"rl={algorithm}")
     assert big.model.name == "mistralai/Mistral-7B-v0.1" and big.model != default.model
     assert small.model == default.model and small.rl == default.rl  # nothing of the big model's size is left
-    sizes = {"learning_rate": default.sft.learning_rate, "batch_size": 16, "microbatch_size": 16}
+    sizes = {"learning_rate": default.sft.learning_rate, "batch_size": 16, "microbatch_size": 4}
     assert sizes.items() <= vars(small.sft).items()
     assert small.targeting == big.targeting and small.data == big.data  # the recipe itself stays
     assert small.template == big.template and small.sft.multi_turn == big.sft.multi_turn

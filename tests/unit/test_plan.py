@@ -125,7 +125,7 @@ def test_a_run_says_what_it_needs_and_what_to_change(caplog: pytest.LogCaptureFi
     ]
     caplog.clear()
     plan.announce_memory(config, job.lengths, 8 * GIB)
-    assert caplog.messages[-1].startswith("memory: only 8.0 GiB are free, so it may not fit; what saves most: rl.")
+    assert caplog.messages[-1].startswith("memory: only 8.0 GiB are free, so it may not fit; what saves most: ")
     assert "model.quantization=nf4" in caplog.messages[-1]
     caplog.clear()
     plan.announce_memory(one("model.name=someone/some-model"), job.lengths, 1.0)
