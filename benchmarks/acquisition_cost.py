@@ -20,7 +20,8 @@ import numpy as np
 from provenance import RESULTS, from_root, provenance
 
 from trlhf.files import write_json
-from trlhf.targeting.acquisition import d_optimal_batch, query_information, target_matrix, v_optimal_batch
+from trlhf.targeting.acquisition import d_optimal_batch, query_information, v_optimal_batch
+from trlhf.targeting.targets import target_matrix
 
 MARK_SECONDS = 2.0  # for MARK_SIZE candidates
 MARK_SIZE = 4096

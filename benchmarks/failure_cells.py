@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from failure_worlds import OddTask, World, length_biased, length_lover, living_in
 from label_arms import ARMS, COMMON, SCHEDULE, Arm, Cell
@@ -17,7 +19,7 @@ from trlhf.config import Config
 from trlhf.evaluation.answers import same_answer
 from trlhf.files import new_directory, read_json, read_jsonl
 from trlhf.ledger import Ledger
-from trlhf.run import CHECKPOINTS, RunDirectory
+from trlhf.run import CHECKPOINTS, RunDirectory, StageDirectory
 from trlhf.types import Label
 
 if TYPE_CHECKING:
@@ -31,19 +33,21 @@ _BELIEVED = (
     *("rl.kl_coef=0", "rl.anchor_coef=0", "rl.max_kl=null"),
 )
 MODE_ARMS: Mapping[str, Arm] = {
-    **{name: ARMS[name] for name in ("sft", "full", "uniform_ppo", "full_dpo", "scrambled")},
+    **{name: ARMS[name] for name in ("sft", "full", "uniform_ppo", "scrambled")},
+    "dpo": Arm("DPO as it comes", ("rl=dpo", "rl.open_share=0.1")),
     "believed": Arm("the reward model alone, no guard", (*_BELIEVED, "rl.held_out_patience=0")),
     "guarded": Arm("the reward model alone, held-out accuracy watched", (*_BELIEVED, "rl.held_out_patience=2")),
 }
 EVERY_ROUND = 100  # rl.save_total_limit of runs whose accuracy is measured at every checkpoint
 # All labels are bought first, so that few candidates are sampled in the rounds.
 _LONG = (
-    *("rl.rounds=8", "rl.steps_per_round=4", "rl.learning_rate=5e-4", "rl.save_steps=4"),
+    *("rl.rounds=8", "rl.steps_per_round=4", "rl.save_steps=4"),
     *("reward.samples_per_prompt=4", "targeting.candidates=16", f"rl.save_total_limit={EVERY_ROUND}"),
 )
 _ASKING = ("rl.rounds=6", "rl.steps_per_round=1")  # many rounds of labels, hardly a step
 WORLDS: Mapping[str, World] = {
     "clean": World(),
+    "with_taste": World(("targeting.preference_share=0.3", "rl.open_share=0.2")),  # the defaults of both
     "junk": World(junk=True),
     **{f"noise_{share}": World((f"labeler.noise=0.{share}",)) for share in (10, 20, 30)},
     "length_biased": World(person=length_biased),
@@ -106,9 +110,16 @@ def run_site(folder: Path, site: Site, overrides: tuple[str, ...], commit: str) 
     """Run a site's cell, whose beginnings are there, and return its figures."""
     grid = grid_of(folder, site, overrides, commit)
     before = _labels(grid.run(site.cell)) or _labels(grid.source(site.seed, grid.budget_of_source(site.cell)))
-    with living_in(WORLDS[site.world]) as loaded:
+    with living_in(WORLDS[site.world]) as loaded, _keeping_checkpoints():
         more = partial(measure, loaded=loaded, asked_before=len(before))
         return run_cell(replace(grid, more=more), site.cell)
+
+
+@contextmanager
+def _keeping_checkpoints() -> Iterator[None]:
+    """Leave a complete stage's checkpoints where they are: `measure` reads them, and the cell's end deletes them."""
+    with mock.patch.object(StageDirectory, "tidy", lambda _: None):
+        yield
 
 
 def measure(
@@ -199,15 +210,17 @@ def _steps(run: Path) -> list[dict[str, Any]]:
 
 
 def _curve(config: Config, run: Path) -> list[dict[str, Any]]:
-    """Return the test accuracy of every checkpoint that is there, with each prompt's result."""
+    """Return the test accuracy of every checkpoint after the first step, with each prompt's result."""
     import torch
 
     stage = RunDirectory(run).stage("rl")
     found = []
-    for path in sorted(stage.path.glob(f"{CHECKPOINTS}/checkpoint-*"), key=lambda x: int(x.name.rpartition("-")[2])):
+    paths = {int(path.name.rpartition("-")[2]): path for path in stage.path.glob(f"{CHECKPOINTS}/checkpoint-*")}
+    for step, path in sorted(paths.items()):
+        if not step:
+            continue
         weights = torch.load(path / "state.pt", map_location="cpu", weights_only=True)["policy"]
         answered, _ = answer_test(run / "sft" / "model", config, weights)
         right = answered.reasoning()
-        step = int(path.name.rpartition("-")[2])
         found.append({"step": step, "accuracy": sum(right) / len(right), "correct": right})
     return found

@@ -16,6 +16,7 @@ LABELS, MANY = 64, 256
 NOISES = {"clean": "0%", "noise_10": "10%", "noise_20": "20%", "noise_30": "30%", "length_biased": "length-biased"}
 CROSSINGS = ("clean", "noise_10", "noise_20", "length_biased")  # up to 20% of the labels are flipped
 VERDICTS = 400
+LEARNERS = ("full", "dpo")  # PPO and DPO, each as it comes
 ERROR, LONGER, PLANS, NO_PLANS = 0.05, 1.25, 0.95, 0.05  # the marks
 
 
@@ -182,7 +183,7 @@ def _fallbacks(run: Mapping[str, Any]) -> dict[str, Any]:
 def displacement(cells: Cells) -> Finding:
     """Say how log p(chosen) stands to the reference over DPO's rounds."""
     values = {}
-    for number, run in enumerate(_pick(cells, "clean", "full_dpo", MANY)):
+    for number, run in enumerate(_pick(cells, "with_taste", "dpo", MANY)):
         steps = [x for x in run["steps"] if x["chosen_log_ratio"] is not None]
         rounds = sorted({x["round"] for x in steps})
         values[number] = [float(np.mean([x["chosen_log_ratio"] for x in steps if x["round"] == n])) for n in rounds]
@@ -196,9 +197,9 @@ def displacement(cells: Cells) -> Finding:
 def forgetting(cells: Cells) -> Finding:
     """Compare plain kinds with SFT: right answers, and taste where there are none."""
     values: dict[str, Any] = {}
-    for arm in ("full", "full_dpo"):
+    for arm in LEARNERS:
         changes: dict[str, list[float]] = {}
-        for before, after in zip(_pick(cells, "clean", "sft"), _pick(cells, "clean", arm, MANY), strict=False):
+        for before, after in zip(_pick(cells, "clean", "sft"), _pick(cells, "with_taste", arm, MANY), strict=False):
             rows = zip(before["kinds"], before["right"], after["right"], before["taste"], after["taste"], strict=True)
             for kind, was, now, liked, likes in rows:
                 if kind in ("colour", "opposite"):
@@ -215,7 +216,7 @@ def forgetting(cells: Cells) -> Finding:
 
 def plans(cells: Cells) -> Finding:
     """Say how many responses have a plan."""
-    runs = [run for arm in ("full", "full_dpo") for run in _pick(cells, "clean", arm, MANY)]
+    runs = [run for arm in LEARNERS for run in _pick(cells, "with_taste", arm, MANY)]
     least = min(run["plans"]["reasoning"] for run in runs)
     most = max(run["plans"]["other"] for run in runs)
     values = {"reasoning": least, "other": most, "runs": len(runs)}
@@ -248,15 +249,15 @@ ROWS: Mapping[str, Row] = {
     "forgetting": Row(
         "knowledge, creative and chat prompts after RL",
         "every kind within 1 standard error of SFT",
-        _sites(("clean", ("full", "full_dpo"), MANY)), forgetting,
+        _sites(("with_taste", LEARNERS, MANY)), forgetting,
     ),
     "displacement": Row(
-        "log p(chosen) during DPO", "not under the reference in any round", _sites(("clean", ("full_dpo",), MANY)),
+        "log p(chosen) during DPO", "not under the reference in any round", _sites(("with_taste", ("dpo",), MANY)),
         displacement,
     ),
     "mode_collapse": Row(
         "share of responses with a plan", "reasoning at least 95%, others at most 5%",
-        _sites(("clean", ("full", "full_dpo"), MANY)), plans,
+        _sites(("with_taste", LEARNERS, MANY)), plans,
     ),
     "useless_uncertainty": Row(
         "the model's confidence replaced by noise", "falls back within one round of the first test",
@@ -288,6 +289,6 @@ ROWS: Mapping[str, Row] = {
     ),
     "leaked_labels": Row(
         "labeller calls against ledger rows", "equal, and no answer of the test set read in training",
-        _sites(("clean", ("full",), MANY)), leaks, everywhere=True,
+        _sites(("with_taste", ("full",), MANY)), leaks, everywhere=True,
     ),
 }  # fmt: skip

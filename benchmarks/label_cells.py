@@ -211,6 +211,7 @@ def answer_test(
     from trlhf.evaluation.evaluate import Evaluation, evaluate
     from trlhf.fitting import fit_task
     from trlhf.models import choose_device, load_causal_lm, load_tokenizer, model_path
+    from trlhf.roles import Role
     from trlhf.sft.templates import apply_template
     from trlhf.tasks import load_task
 
@@ -224,7 +225,7 @@ def answer_test(
     model = load_causal_lm(path, config.model, choose_device(config))
     if weights is not None:
         model.load_state_dict(dict(weights), strict=False)
-    answered = evaluate(model, tokenizer, task.test, task.test_answers, config.evaluation)
+    answered = evaluate(Role(model), tokenizer, task.test, task.test_answers, config.evaluation)
     answered = answered.with_unanswered(task.too_long, task.test_answers)
     del model
     gc.collect()

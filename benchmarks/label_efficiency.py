@@ -3,6 +3,7 @@
     python benchmarks/label_efficiency.py                        the whole grid: a day or more, can be stopped any time
     python benchmarks/label_efficiency.py --arms full uniform_ppo --seeds 0 1
     python benchmarks/label_efficiency.py --summarise            tables, JSON and picture again, from the cells on disk
+    python benchmarks/label_efficiency.py --begin-with benchmarks/results/label_efficiency.json   only what is not there
     python benchmarks/label_efficiency.py --quick                very small, to see that it works
 
 A cell is one independent rl stage: an arm of label_arms.py, a label budget, a seed. All arms of a seed start from the
@@ -39,7 +40,7 @@ from label_arms import (
 )
 from label_cells import Grid, lighten, make_reward, make_sft, run_cell
 from label_picture import picture
-from label_summary import Results, summarise, tables
+from label_summary import Results, record_of, summarise, tables
 from provenance import RESULTS, ROOT, commit, from_root, provenance, public
 
 from trlhf.errors import UserError
@@ -171,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = _first_start(folder / "started.json")
     failed: dict[str, str] = {}
     try:
+        if options.begin_with:
+            take_over(options.begin_with, grid, cells)
         missing = [cell for cell in cells if grid.found(cell) is None]
         if not options.summarise:
             print(f"{len(cells)} cells, {len(missing)} to run, in {from_root(folder)}", flush=True)
@@ -201,6 +204,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def take_over(path: Path, grid: Grid, cells: Sequence[Cell]) -> None:
+    """Write the files of those cells that a results file holds and the grid does not.
+
+    Raises:
+        UserError: they were made with other overrides.
+    """
+    document = read_json(path)
+    known = {Cell(record["arm"], record["budget"], record["seed"]): record for record in document["cells"]}
+    for cell in cells:
+        if cell not in known or grid.found(cell) is not None:
+            continue
+        made = [*document["overrides"], *document["arms"][cell.arm]["overrides"]]
+        if made != [*grid.overrides, *grid.arms[cell.arm].overrides]:
+            raise UserError(f"{path}: {cell.name} was made with other overrides; leave --begin-with out")
+        write_json(grid.file(cell), record_of(known[cell], grid.overrides_of(cell)))
+
+
 def _first_start(path: Path) -> dict[str, Any]:
     """Return where and when a grid was begun, which a later start or summary must not hide."""
     if not path.exists():
@@ -215,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4")
     parser.add_argument("--jobs", type=int, help="processes, one thread each (default: one for each core)")
     parser.add_argument("--folder", type=Path, help="of the grid (default: runs/label_efficiency/<commit>)")
+    parser.add_argument("--begin-with", type=Path, metavar="RESULTS", help="a results file whose cells are taken over")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/label_efficiency.json (and .svg)")
     parser.add_argument("--keep", action="store_true", help="keep every cell's models")
     parser.add_argument("--summarise", action="store_true", help="run nothing")

@@ -22,6 +22,7 @@ from label_curves import (
 )
 from numpy import ndarray
 
+DIGITS = ("correct", "plain")  # of a cell: whether each answer is right
 GAINS = (0.5, 0.8, 0.9)  # of the way from SFT to the upper bound
 Record = Mapping[str, Any]
 
@@ -215,10 +216,14 @@ def _label_count(labels: float, budgets: Sequence[int]) -> str:
 
 
 def figures(record: Record) -> dict[str, Any]:
-    """Return what the results file keeps of a cell; ``correct`` as a digit for each reasoning prompt, in order."""
-    left_out = ("plain", "overrides", "by_kind", "plans")
-    kept = {name: value for name, value in record.items() if name not in left_out}
-    return kept | {"correct": "".join(str(int(right)) for right in record["correct"])}
+    """Return what the results file keeps of a cell: all but its overrides, with a digit for each answer."""
+    kept = {name: value for name, value in record.items() if name != "overrides"}
+    return kept | {name: "".join(str(int(right)) for right in record[name]) for name in DIGITS}
+
+
+def record_of(figures: Record, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the cell whose `figures` these are."""
+    return {**figures, **{name: [digit == "1" for digit in figures[name]] for name in DIGITS}, "overrides": overrides}
 
 
 def _narrow(found: Mapping[str, Any]) -> dict[str, float]:

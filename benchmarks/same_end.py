@@ -1,4 +1,4 @@
-"""Whether two runs ended the same, bit for bit, in everything but times; and whether a killed one kept its labels."""
+"""Whether two runs ended the same in everything but times; and whether a killed one kept its labels."""
 
 from __future__ import annotations
 
@@ -28,6 +28,25 @@ def differences(run: Path, other: Path) -> dict[str, str]:
     """
     files = {path.relative_to(root).as_posix() for root in (run, other) for path in root.rglob("*") if path.is_file()}
     return {name: _difference(run, other, name) for name in sorted(files) if name not in PASSING}
+
+
+def unlike(run: Path, other: Path, tolerance: float) -> dict[str, str]:
+    """Return for every JSON file and ledger of two finished runs ``""`` where they agree, else what differs.
+
+    Text, whole numbers and flags must be the same; other numbers may differ by ``tolerance``, of the larger or of 1e-2.
+    """
+    names = {path.relative_to(root).as_posix() for root in (run, other) for path in root.rglob("*") if path.is_file()}
+    found: dict[str, str] = {}
+    for name in sorted(names - PASSING):
+        one, two = run / name, other / name
+        if not (one.exists() and two.exists()):
+            found[name] = f"only {one if one.exists() else two} exists"
+        elif one.suffix == ".sqlite":
+            pair = (_without_times(ledger_rows(one)), _without_times(ledger_rows(two)))
+            found[name] = _first_difference(*pair, tolerance=tolerance)
+        elif one.suffix in (".json", ".jsonl"):
+            found[name] = _first_difference(_values(run, one), _values(other, two), tolerance=tolerance)
+    return found
 
 
 def ledger_rows(path: Path) -> Rows:
@@ -101,15 +120,21 @@ def _without_times(rows: Rows) -> list[Any]:
     ]
 
 
-def _first_difference(one: Any, two: Any, place: str = "") -> str:
+def _first_difference(one: Any, two: Any, place: str = "", tolerance: float = 0.0) -> str:
     """Return where two JSON values part first, as ``place: value against value``."""
+    if (
+        isinstance(one, float)
+        and isinstance(two, float)
+        and abs(one - two) <= tolerance * max(abs(one), abs(two), 1e-2)
+    ):
+        return ""
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         pairs = [(f"{place}.{key}", one[key], two[key]) for key in one]
     elif isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)) and len(one) == len(two):
         pairs = [(f"{place}[{i}]", a, b) for i, (a, b) in enumerate(zip(one, two, strict=True))]
     else:
         return "" if one == two and type(one) is type(two) else f"{place}: {_short(one)} against {_short(two)}"
-    return next((found for at, a, b in pairs if (found := _first_difference(a, b, at))), "")
+    return next((found for at, a, b in pairs if (found := _first_difference(a, b, at, tolerance))), "")
 
 
 def _short(value: Any) -> str:

@@ -97,10 +97,11 @@ class Strike:
     output: list[str]
 
 
-def start(run: Path, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a run of this working tree's library, offline, on one thread; its output is added to ``RUN.txt``."""
+def start(run: Path, overrides: Sequence[str], processes: int = 1) -> subprocess.Popen[bytes]:
+    """Start a run of this working tree's library, offline, on one thread each; its output is added to ``RUN.txt``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", "trlhf", *overrides, f"run.dir={run}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [sys.executable, *(launcher if processes > 1 else ()), "-m", "trlhf", *overrides, f"run.dir={run}"]
     with _output(run).open("ab") as text:
         return subprocess.Popen(arguments, env=environment, stdout=text, stderr=subprocess.STDOUT)
 
@@ -111,10 +112,14 @@ def strike(
     trigger: Trigger,
     delay: Callable[[], float] = lambda: 0.0,
     sent: signal.Signals = signal.SIGKILL,
+    processes: int = 1,
 ) -> Strike:
-    """Start a run, wait until its moment stands on disk and then ``delay()`` seconds more, and send it a signal."""
+    """Start a run, wait until its moment stands on disk and then ``delay()`` seconds more, and send it a signal.
+
+    Several processes get it from their launcher.
+    """
     disk, begun = Disk(run, time.time()), time.monotonic()
-    process = start(run, overrides)
+    process = start(run, overrides, processes)
     while process.poll() is None and not trigger(disk.states()):
         time.sleep(POLL)
     wait = delay() if process.poll() is None else 0.0
@@ -124,7 +129,7 @@ def strike(
         process.send_signal(sent)
     status = process.wait()
     rows = ledger_rows(run / "ledger.sqlite")
-    lines = _output(run).read_text(encoding="utf-8", errors="replace").splitlines()[-4:]
+    lines = _output(run).read_text(encoding="utf-8", errors="replace").splitlines()[-4 if processes == 1 else -99 :]
     end = time.monotonic()
     return Strike(
         sent if alive else None, at - begun, wait, disk.states(), describe(run, rows), rows, status, end - at, lines

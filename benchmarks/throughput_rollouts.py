@@ -14,6 +14,7 @@ from trlhf.config import EvaluationConfig
 from trlhf.evaluation.answers import extract_answer
 from trlhf.evaluation.evaluate import evaluate
 from trlhf.models import encode_prompt, load_tokenizer
+from trlhf.roles import Role
 from trlhf.rollout import Sampling, sample_responses
 from trlhf.types import Prompt
 
@@ -123,7 +124,7 @@ def measure_evaluation(setting: Setting) -> dict[str, Any] | None:
 
     def ours() -> Done:
         config = EvaluationConfig(batch_size=BATCH, max_new_tokens=limit)
-        answers["trlhf"] = [rollout.text for rollout in evaluate(model, ids, asked, gold, config).rollouts]
+        answers["trlhf"] = [rollout.text for rollout in evaluate(Role(model), ids, asked, gold, config).rollouts]
         return Done(len(asked))
 
     arms = [Arm("trlhf", lambda: ours)]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trlhf.distributed import gather, share
 from trlhf.errors import UserError
 from trlhf.models import encode_prompt, encode_response
 from trlhf.types import Message, Prompt
@@ -212,13 +213,18 @@ def pool_all(
     batch_size: int,
     device: torch.device,
 ) -> Pooled:
-    """Pool any number of samples in batches of like length, and give them back in their own order, on the CPU."""
+    """Pool any number of samples in batches of like length, and give them back in their own order, on the CPU.
+
+    Several processes that call this alike share the batches, and all have all of it.
+    """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
-    parts = []
+    own: dict[int, Pooled] = {}
     with torch.no_grad():
-        for rows in _batches([len(samples[i].ids) for i in order], batch_size):
+        for n, rows in share(list(enumerate(_batches([len(samples[i].ids) for i in order], batch_size)))):
             part = pooled_batch(collate([samples[i] for i in order[rows]], pad_id, device))
-            parts.append(Pooled(part.response.cpu(), part.prompt.cpu()))
+            own[n] = Pooled(part.response.cpu(), part.prompt.cpu())
+    found = {n: part for parts in gather(own) for n, part in parts.items()}
+    parts = [found[n] for n in range(len(found))]
     response = torch.cat([part.response for part in parts])
     prompt = torch.cat([part.prompt for part in parts])
     return Pooled(response, prompt)[torch.tensor(order).argsort()]

@@ -201,8 +201,9 @@ def _backward(
     own = torch.tensor(share(labels.tolist()), dtype=torch.long)
     for part in torch.split(own, settings.microbatch_size) if len(own) else ():
         chosen = data.select(part)
-        loss, metrics = _loss(model, chosen, denominator, settings.flip_rate)
-        loss.backward()
+        with model.role.acting():  # also while the backward pass recomputes what was not kept
+            loss, metrics = _loss(model, chosen, denominator, settings.flip_rate)
+            loss.backward()
         sums["loss"] += float(loss.detach())
         for kind, targets in (("verdict", chosen.table.verdicts), ("preference", chosen.table.preferences)):
             decided = float((targets != 0.5).sum())  # the labels that a mean is over

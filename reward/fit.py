@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from trlhf.config import Config
+from trlhf.crew import keep
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
 from trlhf.reward.finetune import Data, FitSettings, Log, finetune
+from trlhf.reward.heads import EnsembleHeads
 from trlhf.reward.model import Calibration, RewardModel
 from trlhf.reward.solve import fit_heads, pose
 from trlhf.reward.table import bootstrap_weights, tabulate
+from trlhf.roles import Role
 
 
 def fit(
@@ -50,10 +57,47 @@ def fit(
     if log is not None:
         log(0, {"spread": spread})
     if settings.finetune != "frozen":
-        epoch = finetune(model, Data(samples, table, weights), settings, log)
+        heads = model.heads
+        sizes = (heads.weight.shape[1], heads.intercept_weight.shape[1], heads.heads, heads.prior_scale)
+        state = {name: value.detach().cpu() for name, value in heads.state_dict().items()}
+        done = keep(
+            _finetune,
+            *(model.role, model.tokenizer, model.max_length, sizes, state, Data(samples, table, weights), settings),
+            model=model,
+            log=log,
+        )
+        epoch = done.epoch
     model.calibration = Calibration()
     model.fitted = {"spread": spread, "kept_epoch": epoch}
     return model
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """Who plays the backbone now, and the epoch that was kept."""
+
+    role: Role
+    epoch: int
+
+
+def _finetune(
+    role: Role,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    sizes: tuple[int, int, int, float],
+    state: Mapping[str, Tensor],
+    data: Data,
+    settings: FitSettings,
+    model: RewardModel | None = None,
+    log: Log | None = None,
+) -> Finetuned:
+    """Fine-tune the leader's model or, on the other processes, one like it."""
+    if model is None:
+        heads = EnsembleHeads(*sizes, seed=0)
+        heads.load_state_dict(state)
+        model = RewardModel(role, tokenizer, heads.to(role.device), max_length)
+    epoch = finetune(model, data, settings, log)
+    return Finetuned(model.role, epoch)
 
 
 def fit_settings(config: Config) -> FitSettings:

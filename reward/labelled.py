@@ -54,7 +54,7 @@ class _Prompts:
         return self.known[key]
 
 
-def read_labelled(source: str | Path) -> LabelledSet:
+def read_labelled(source: str | Path, mirror: str | None = None) -> LabelledSet:
     """Read verdicts and preferences from a file, a folder or the hub; the two kinds may be mixed.
 
     A prompt of a verdict counts as one with an exact answer, one of a preference as open, unless the column ``task``
@@ -63,7 +63,7 @@ def read_labelled(source: str | Path) -> LabelledSet:
     Raises:
         UserError: nothing can be read, or no row is usable; names the first line and the accepted shapes.
     """
-    rows = read_rows(source)
+    rows = read_rows(source, mirror=mirror)
     report = RowReport(source=str(source), read=len(rows))
     found = LabelledSet([], [], report)
     prompts = _Prompts()

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from trlhf.distributed import gather, share
 from trlhf.reward.features import Sample, collate
 from trlhf.roles import Role
 
@@ -40,6 +41,8 @@ def liking_features(role: Role, samples: Sequence[Sample], pad_id: int) -> Float
     Measured on the embedded world (benchmarks/LOG.md): plain means tell two sound responses apart better than means at
     the forks, and without the surprise a model of preferences knows little of which responses are sound.
 
+    Several processes that call this alike share the batches, and all have all of it.
+
     Args:
         role: a causal language model that does not change.
         samples: prompts with responses, EOS included.
@@ -48,8 +51,9 @@ def liking_features(role: Role, samples: Sequence[Sample], pad_id: int) -> Float
     Returns:
         F = 2·(hidden size) + `SURPRISES`, in float64.
     """
-    rows = []
-    for start in range(0, len(samples), BATCH):
+    own: dict[int, list[Tensor]] = {}
+    for start in share(range(0, len(samples), BATCH)):
+        rows = own.setdefault(start, [])
         batch = collate(samples[start : start + BATCH], pad_id, role.device)
         with role.acting() as model:
             output = model.base_model(
@@ -64,4 +68,5 @@ def liking_features(role: Role, samples: Sequence[Sample], pad_id: int) -> Float
                 logits = model.get_output_embeddings()(output.last_hidden_state[n, first - 1 : end - 1])
                 mean = states[n, first:end].float().mean(0)
                 rows.append(torch.cat([mean, surprise(logits, batch.input_ids[n, first:end])]).cpu())
-    return np.asarray(torch.stack(rows).double().numpy())
+    found = {start: rows for parts in gather(own) for start, rows in parts.items()}
+    return np.asarray(torch.stack([row for start in sorted(found) for row in found[start]]).double().numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -15,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trlhf import files
 from trlhf.config import ModelConfig
+from trlhf.crew import keep, together
 from trlhf.errors import UserError
 from trlhf.merging import save_model
 from trlhf.models import encode_prompt, encode_response, load_causal_lm, load_tokenizer
+from trlhf.recompute import recomputing
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, fork_layers, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.roles import REWARD_ADAPTER, Role, load_sft
@@ -83,8 +86,8 @@ class RewardModel(nn.Module):
         Raises:
             UserError: the folder holds no readable model or tokenizer.
         """
-        role = load_sft(Path(path), config, device)
-        tokenizer = load_tokenizer(path, pad_token=config.pad_token)
+        role = keep(load_sft, Path(path), config, device)
+        tokenizer = keep(partial(load_tokenizer, path, pad_token=config.pad_token))
         size = int(role.model.config.hidden_size)
         pooled = 2 + len(fork_layers(int(role.model.config.num_hidden_layers)))
         fresh = EnsembleHeads(pooled * size, size, heads, prior_scale, seed).to(device)
@@ -102,17 +105,7 @@ class RewardModel(nn.Module):
 
     def pooled(self, batch: Batch) -> Pooled:
         """Run the backbone over a batch and pool its hidden states; gradients flow."""
-        with self.role.acting() as backbone:
-            output = backbone.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask.long(),
-                output_hidden_states=True,
-                use_cache=False,
-            )
-            head = backbone.get_output_embeddings()
-            return pool(
-                output.hidden_states, output.last_hidden_state, head, batch.attention_mask, batch.prompt_lengths
-            )
+        return _pooled(self.role, batch)
 
     def forward(
         self,
@@ -143,7 +136,7 @@ class RewardModel(nn.Module):
         """Pool any number of samples, in batches of like length, without gradients, on the CPU."""
 
         def compute(new: Sequence[Sample]) -> Pooled:
-            return pool_all(self.pooled, new, int(self.tokenizer.pad_token_id), batch_size, self.device)
+            return together(_pool_all, self.role, list(new), int(self.tokenizer.pad_token_id), batch_size)
 
         return compute(samples) if self.features is None else self.features.lookup(samples, compute)
 
@@ -248,11 +241,31 @@ class RewardModel(nn.Module):
             raise UserError(
                 f"reward model {directory}: cannot be read ({reason}); delete the folder and run stage=reward again"
             ) from error
-        role = role or Role(load_causal_lm(directory / BACKBONE, config, device))
-        tokenizer = load_tokenizer(directory / BACKBONE, pad_token=config.pad_token)
+        role = role or keep(_own_backbone, directory, config, device)
+        tokenizer = keep(partial(load_tokenizer, directory / BACKBONE, pad_token=config.pad_token))
         model = cls(role, tokenizer, heads.to(device), max_length)
         model.calibration, model.stands_on = calibration, stands_on
         return model
+
+
+def _pooled(role: Role, batch: Batch) -> Pooled:
+    with role.acting() as backbone, recomputing(role.model):
+        output = backbone.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask.long(),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        head = backbone.get_output_embeddings()
+        return pool(output.hidden_states, output.last_hidden_state, head, batch.attention_mask, batch.prompt_lengths)
+
+
+def _pool_all(role: Role, samples: Sequence[Sample], pad_id: int, batch_size: int) -> Pooled:
+    return pool_all(partial(_pooled, role), samples, pad_id, batch_size, role.device)
+
+
+def _own_backbone(directory: Path, config: ModelConfig, device: str) -> Role:
+    return Role(load_causal_lm(directory / BACKBONE, config, device))
 
 
 def backbone_of(directory: Path) -> str:

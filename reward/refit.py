@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from trlhf.config import Config
+from trlhf.crew import together
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.models import choose_device
 from trlhf.reward.calibration import calibrate
@@ -78,7 +79,8 @@ class Refitter:
             UserError: a prompt and its response are longer than ``model.max_length`` together.
         """
         model = self._load()
-        return liking_features(model.role, model.encode(prompts, responses), int(model.tokenizer.pad_token_id))
+        samples = model.encode(prompts, responses)
+        return together(liking_features, model.role, samples, int(model.tokenizer.pad_token_id))
 
     def _load(self) -> RewardModel:
         if self._model is None:

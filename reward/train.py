@@ -12,8 +12,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from trlhf.allocator import let_go
 from trlhf.config import Config
 from trlhf.console import progress
+from trlhf.crew import keep, release
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
 from trlhf.models import choose_device
@@ -24,7 +26,7 @@ from trlhf.reward.model import Calibration, RewardModel, backbone_of
 from trlhf.reward.report import assess, describe_labels, summarise
 from trlhf.reward.split import Label, Labels, split_by_prompt, write_split
 from trlhf.reward.table import tabulate
-from trlhf.roles import reward_role, shared_base
+from trlhf.roles import Role, reward_role, shared_base
 from trlhf.run import StageDirectory
 from trlhf.types import Prompt
 
@@ -61,7 +63,8 @@ def train_reward(
         RuntimeError: the saved model, loaded again, scores differently.
     """
     report, probe = _fit_and_save(Labels(labelled, pairs), config, stage, backbone)
-    # The model itself is gone by now: the two need not fit in memory together.
+    release()  # the model itself is gone by now: the two need not fit in memory together
+    let_go()
     check_saved(stage.path, config, probe, backbone)
     stage.complete(report)
     for line in summarise(report):
@@ -128,9 +131,7 @@ def check_saved(directory: Path, config: Config, probe: Probe, sft: Path) -> Non
         RuntimeError: a score differs by more than 1e-5.
     """
     device = choose_device(config)
-    role = None
-    if config.model.lora.enabled:
-        role = reward_role(shared_base(sft, config.model, device), directory, backbone_of(directory))
+    role = keep(_saved_role, directory, config, sft, device) if config.model.lora.enabled else None
     again = RewardModel.load(directory, config.model, device, role)
     difference = float((probe.logits - again.logits(probe.prompts, probe.responses)).abs().max())
     if not difference <= RELOAD_TOLERANCE or again.calibration != probe.calibration:
@@ -138,6 +139,10 @@ def check_saved(directory: Path, config: Config, probe: Probe, sft: Path) -> Non
             f"reward model {directory}: loaded again, its scores differ by up to {difference:.3g} from those it was "
             f"saved with (at most {RELOAD_TOLERANCE} is allowed); do not use it, and report this"
         )
+
+
+def _saved_role(directory: Path, config: Config, sft: Path, device: str) -> Role | None:
+    return reward_role(shared_base(sft, config.model, device), directory, backbone_of(directory))
 
 
 def usable(model: RewardModel, labels: Labels) -> Labels:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +21,8 @@ class EncodedDemonstration:
     """A demonstration in tokens.
 
     Attributes:
-        input_ids: prompt and response, EOS last; length T.
-        completion_mask: 1 on the response's tokens, EOS included, 0 on the prompt's; length T.
+        input_ids: prompt and response, EOS last; of a whole chat, every prompt and response in turn; length T.
+        completion_mask: 1 on the tokens of responses, EOS included, 0 on the prompt's; length T.
         source: where it came from.
     """
 
@@ -34,9 +36,18 @@ class EncodedDemonstration:
         pairs = zip(self.input_ids, self.completion_mask, strict=True)
         return [token if counts else IGNORED for token, counts in pairs]
 
+    @property
+    def responses(self) -> list[list[int]]:
+        """The tokens of each response, EOS included."""
+        runs = groupby(zip(self.input_ids, self.completion_mask, strict=True), key=lambda pair: pair[1])
+        return [[token for token, _ in run] for counts, run in runs if counts]
+
 
 def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    max_length: int,
+    multi_turn: Literal["unrolled", "whole"] = "unrolled",
 ) -> tuple[list[EncodedDemonstration], RowReport]:
     """Tokenize demonstrations; those longer than the context are left out whole, and counted.
 
@@ -46,9 +57,11 @@ def encode_demonstrations(
         tokenizer: with its chat template.
         demonstrations: chats that end in the assistant's turn.
         max_length: tokens of prompt and response together that the model may see.
+        multi_turn: ``unrolled``: the loss is on the last response; ``whole``: on every response of the chat.
 
     Raises:
-        UserError: there are no demonstrations, or every one is too long.
+        UserError: there are no demonstrations, every one is too long, or ``whole`` is asked for and the template
+            writes a past response in another way than the model gave it.
     """
     report = RowReport(source="demonstrations", read=len(demonstrations))
     if not demonstrations:
@@ -56,17 +69,20 @@ def encode_demonstrations(
     encoded: list[EncodedDemonstration] = []
     lengths: list[int] = []
     for demonstration in demonstrations:
-        *context, answer = demonstration.messages
-        prompt = encode_prompt(tokenizer, context)
-        response = encode_response(tokenizer, answer["content"])
-        lengths.append(len(prompt) + len(response))
-        if len(prompt) >= max_length:
+        if multi_turn == "whole":
+            ids, mask, prompt = _encode_chat(tokenizer, demonstration)
+        else:
+            *context, answer = demonstration.messages
+            start = encode_prompt(tokenizer, context)
+            response = encode_response(tokenizer, answer["content"])
+            ids, mask, prompt = [*start, *response], [0] * len(start) + [1] * len(response), len(start)
+        lengths.append(len(ids))
+        if prompt >= max_length:
             report.drop(f"its prompt alone fills model.max_length={max_length} tokens", demonstration.source)
         elif lengths[-1] > max_length:
             report.drop(f"longer than model.max_length={max_length} tokens", demonstration.source)
         else:
-            mask = (0,) * len(prompt) + (1,) * len(response)
-            encoded.append(EncodedDemonstration((*prompt, *response), mask, demonstration.source))
+            encoded.append(EncodedDemonstration(tuple(ids), tuple(mask), demonstration.source))
     report.kept = len(encoded)
     if not encoded:
         raise UserError(
@@ -76,22 +92,46 @@ def encode_demonstrations(
     return encoded, report
 
 
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration) -> tuple[list[int], list[int], int]:
+    """Return a whole chat's tokens, which of them count, and the length of its first prompt.
+
+    Each response stands behind exactly the tokens that the model will be prompted with at that turn.
+    """
+    messages = demonstration.messages
+    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    ids: list[int] = []
+    mask: list[int] = []
+    first = 0
+    for end in ends:
+        prompt = encode_prompt(tokenizer, messages[:end])
+        if prompt[: len(ids)] != ids:
+            raise UserError(
+                f"sft.multi_turn=whole: {demonstration.source}: the chat template writes a past response in another "
+                "way than the model gave it (it drops its EOS, as cerebrum's does), so one row cannot hold both; use "
+                "sft.multi_turn=unrolled, or another template"
+            )
+        first = first or len(prompt)
+        response = encode_response(tokenizer, messages[end]["content"])
+        mask += [0] * (len(prompt) - len(ids)) + [1] * len(response)
+        ids = [*prompt, *response]
+    return ids, mask, first
+
+
 def check_encoded(encoded: Iterable[EncodedDemonstration], eos_token_id: int) -> None:
-    """Make sure before training that every demonstration teaches something, and teaches to stop exactly once.
+    """Make sure before training that every demonstration teaches something, and teaches to stop exactly once a turn.
 
     Raises:
-        UserError: names rows whose labels are all masked, whose EOS is not in the loss, or stands inside the response.
+        UserError: names rows whose labels are all masked, whose EOS is not in the loss, or stands inside a response.
     """
     masked: list[str] = []
     endless: list[str] = []
     broken: list[str] = []
     for row in encoded:
-        response = [token for token in row.labels if token != IGNORED]
-        if not response:
+        if not row.responses:
             masked.append(row.source)
-        elif response[-1] != eos_token_id:
+        elif any(response[-1] != eos_token_id for response in row.responses):
             endless.append(row.source)
-        elif response.count(eos_token_id) > 1:
+        elif any(response.count(eos_token_id) > 1 for response in row.responses):
             broken.append(row.source)
     problems = [
         (masked, "every label is masked, so there is nothing to learn from; give each row a response"),

@@ -44,7 +44,13 @@ class Gsm8kSplits:
 
 
 def gsm8k_splits(
-    path: str | Path, *, sft_prompts: int, pool_prompts: int, test_prompts: int, seed: int = 0
+    path: str | Path,
+    *,
+    sft_prompts: int,
+    pool_prompts: int,
+    test_prompts: int,
+    seed: int = 0,
+    mirror: str | None = None,
 ) -> Gsm8kSplits:
     """Split GSM8K by question.
 
@@ -56,11 +62,12 @@ def gsm8k_splits(
         pool_prompts: training questions for RL; 0 = all that SFT does not take.
         test_prompts: questions to evaluate; 0 = all, which leaves none for ``labelled``.
         seed: decides which question goes where.
+        mirror: folder with copies of hub data sets.
 
     Raises:
         UserError: a file is missing or malformed, or one part would be left without a question.
     """
-    train, test = _read(path, "train"), _read(path, "test")
+    train, test = read_split(path, "train", mirror), read_split(path, "test", mirror)
     randomness = random.Random(f"gsm8k splits {seed}")
     evaluated = _sample(test, test_prompts or len(test), randomness)
     known = {_key(row.data) for row in test}
@@ -111,10 +118,15 @@ def marked_solutions(folder: Path, taken: set[str]) -> tuple[list[LabelledRespon
     return labelled, report
 
 
-def _read(path: str | Path, split: str) -> list[Row]:
+def read_split(path: str | Path, split: str, mirror: str | None = None) -> list[Row]:
+    """Return the rows of ``train`` or ``test``, from a folder, the hub or a mirror of it.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
     folder, name = Path(path).expanduser(), f"{split}.jsonl"
     if not folder.is_dir() and not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1:
-        return read_rows(path if ":" in str(path) else f"{path}:{CONFIGURATION}", split)
+        return read_rows(path if ":" in str(path) else f"{path}:{CONFIGURATION}", split, mirror)
     if not (folder / name).is_file():
         raise UserError(
             f"data.path={str(path)!r}: GSM8K's {name} is not there (looked for {(folder / name).absolute()}); "

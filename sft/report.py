@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trlhf import preemption
 from trlhf.console import Advance, progress
+from trlhf.distributed import any_rank, barrier
 from trlhf.errors import UserError
 from trlhf.sft.checkpoints import seal
 
@@ -39,9 +40,12 @@ class StageCallback(TrainerCallback):
     """Show every optimizer step, log it to ``metrics.jsonl``, and seal every checkpoint.
 
     A context: leaving it closes the progress bar.
+
+    Args:
+        stage: what is written to; None on a process that writes nothing.
     """
 
-    def __init__(self, stage: StageDirectory) -> None:
+    def __init__(self, stage: StageDirectory | None) -> None:
         self._stage = stage
         self._advance: Advance | None = None
         self._open = ExitStack()
@@ -82,7 +86,8 @@ class StageCallback(TrainerCallback):
         if not logs or "loss" not in logs:  # the trainer's closing summary has another shape
             return
         found = {ours: logs[theirs] for theirs, ours in _NAMES.items() if theirs in logs}
-        self._stage.log(state.global_step, **found, **self._speed(logs))
+        if self._stage is not None:
+            self._stage.log(state.global_step, **found, **self._speed(logs))
         if self._advance is not None:
             self._advance(1, f"loss {logs['loss']:.3f}")
         if not math.isfinite(logs["loss"]):
@@ -105,9 +110,11 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop after the step in which SIGTERM came."""
-        if preemption.requested():
+        if any_rank(preemption.requested()):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seal the checkpoint that has just been written."""
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Seal the checkpoint that has just been written, by all processes."""
+        barrier()
+        if self._stage is not None:
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

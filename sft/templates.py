@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trlhf.checks import TEMPLATES
 from trlhf.errors import UserError
 from trlhf.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trlhf.config import TemplateConfig
+    from trlhf.config import Config, TemplateConfig
 
-FOLDER = Path(__file__).parent / "chat_templates"
 OWN_TEMPLATE = "tokenizer"
 _SYSTEM_LINE = re.compile(r'(\{%-? set default_system = )"(?:[^"\\]|\\.)*"( -?%\})')
 _CHATML_MARKS = ("<|im_start|>", "<|im_end|>")
@@ -27,27 +28,43 @@ def load_template(name_or_path: str, system: str | None = None) -> str:
     """Return the Jinja text of a chat template.
 
     Args:
-        name_or_path: ``cerebrum``, ``chatml``, or the path of a ``.jinja`` file.
+        name_or_path: name of a file in ``chat_templates``, or the path of a ``.jinja`` file.
         system: replaces the system line that the template writes when a chat brings none of its own.
 
     Raises:
         UserError: no such template, or ``system`` is given and the template has no ``default_system`` line.
     """
-    path = Path(name_or_path) if name_or_path.endswith(".jinja") else FOLDER / f"{name_or_path}.jinja"
+    path = Path(name_or_path) if name_or_path.endswith(".jinja") else TEMPLATES / f"{name_or_path}.jinja"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.jinja")))
+        known = [*sorted(file.stem for file in TEMPLATES.glob("*.jinja")), OWN_TEMPLATE]
+        near = difflib.get_close_matches(name_or_path, known, n=1)
         raise UserError(
-            f"template.name={name_or_path!r}: there is no such template (looked for {path}); use {known}, "
-            f"{OWN_TEMPLATE!r} for the tokenizer's own, or the path of a .jinja file"
+            f"template.name={name_or_path!r}: there is no such template (looked for {path}); "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"use {', '.join(known[:-1])}, {OWN_TEMPLATE!r} for the tokenizer's own, or the path of a .jinja file"
         )
     return _with_system(path.read_text(encoding="utf-8"), system, name_or_path)
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> PreTrainedTokenizerBase:
-    """Give ``tokenizer`` the configured chat template, and return it.
+def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer with the chat template of the run and the tokens that it needs.
 
     Raises:
-        UserError: the tokenizer has no template of its own (``tokenizer``) or lacks the marks of ``chatml``.
+        UserError: there is none, it has no EOS or no pad token, or the template cannot do.
+    """
+    from trlhf.models import load_tokenizer, model_path
+
+    model = config.model
+    tokenizer = load_tokenizer(model_path(model.name), pad_token=model.pad_token, revision=model.revision)
+    return apply_template(tokenizer, config.template)
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> PreTrainedTokenizerBase:
+    """Give ``tokenizer`` the configured chat template and the tokens that it needs, and return it.
+
+    Raises:
+        UserError: the tokenizer has no template of its own (``tokenizer``), lacks a token that the template needs, or
+            the template cannot be rendered.
     """
     if config.name == OWN_TEMPLATE:
         own = tokenizer.chat_template
@@ -56,6 +73,7 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -
         tokenizer.chat_template = _with_system(own, config.system, OWN_TEMPLATE)
     else:
         tokenizer.chat_template = load_template(config.name, config.system)
+    _add_tokens(tokenizer, config)
     if config.name == "chatml":
         _check_chatml(tokenizer)
     from jinja2 import TemplateError
@@ -65,6 +83,30 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -
     except TemplateError as error:
         raise UserError(f"template.name={config.name!r}: the template cannot be rendered ({error}); mend it") from error
     return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> None:
+    """Let the tokenizer know the template's tokens; `trlhf.embeddings` makes room for them in the model."""
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [AddedToken(text, special=True, normalized=False) for text in config.added_tokens if text not in known]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+        _log.info("template %s: added the tokens %s", config.name, ", ".join(token.content for token in new))
+    if config.eos_token is None:
+        return
+    if config.eos_token not in tokenizer.get_vocab():
+        raise UserError(
+            f"template.eos_token={config.eos_token!r}: the tokenizer has no such token; add it with "
+            "template.added_tokens, or name one of its own"
+        )
+    tokenizer.eos_token = config.eos_token
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"template.eos_token={config.eos_token!r} is the tokenizer's pad token too, so masking the padding would "
+            "hide the end of every response; name another"
+        )
 
 
 def _with_system(template: str, system: str | None, name: str) -> str:
@@ -84,13 +126,13 @@ def _check_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
     missing = [mark for mark in _CHATML_MARKS if mark not in tokenizer.get_vocab()]
     if missing:
         raise UserError(
-            f"template.name='chatml': the tokenizer has no token {' and no '.join(missing)}, and trlhf adds none; "
-            "use template=cerebrum, which needs no new tokens, or a model that knows ChatML"
+            f"template.name='chatml': the tokenizer has no token {' and no '.join(missing)}; "
+            "use template=chatml, which adds them, or template=cerebrum, which needs no new tokens"
         )
     if tokenizer.eos_token != _CHATML_MARKS[1]:
         raise UserError(
             f"template.name='chatml': a turn ends in <|im_end|>, but the tokenizer's EOS is {tokenizer.eos_token!r}, "
-            "so no response would ever end; set eos_token to '<|im_end|>' in its tokenizer_config.json"
+            "so no response would ever end; use template=chatml or set template.eos_token='<|im_end|>'"
         )
 
 

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trlhf import files, preemption
 from trlhf.console import quiet_libraries
+from trlhf.crew import together
+from trlhf.distributed import any_rank, world
+from trlhf.embeddings import make_room, rows_by_layer
 from trlhf.errors import UserError
-from trlhf.merging import save_model
-from trlhf.models import choose_device, load_causal_lm, load_tokenizer, lora_config, model_path
+from trlhf.merging import greedy, save_model
+from trlhf.models import attention_of, choose_device, load_causal_lm, lora_config, model_path
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
+from trlhf.sft.even import EvenTrainer, filled
 from trlhf.sft.order import StepOrder
 from trlhf.sft.report import AllStepsDone, StageCallback
-from trlhf.sft.templates import apply_template
+from trlhf.sft.templates import base_tokenizer
 from trlhf.types import Demonstration, RowReport
 
 if TYPE_CHECKING:
@@ -66,23 +71,18 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
     encoded, report = _encode(demonstrations, tokenizer, config)
     _write_samples(demonstrations, tokenizer, stage)
 
-    transformers.set_seed(config.seed)
-    with StageCallback(stage) as callback:
-        model = _load_base(config, tokenizer)
-        trainer = make_trainer(model, encoded, tokenizer, config, stage.path / CHECKPOINTS, callback)
-        start = newest_whole(stage.path / CHECKPOINTS)
-        stage.rewind(start[1] if start else 0)
-        if start:
-            _log.info("sft: going on from step %d (%s)", start[1], start[0])
-        _train(trainer, start[0] if start else None, stage.path, callback)
+    start = newest_whole(stage.path / CHECKPOINTS)
+    stage.rewind(start[1] if start else 0)
+    if start:
+        _log.info("sft: going on from step %d (%s)", start[1], start[0])
+    trainer: Any = together(_fit, encoded, config, stage.path, start[0] if start else None, stage=stage)
     _save(trainer.model, tokenizer, config, stage)
 
-    rows: Any = trainer.train_dataset
     metrics: dict[str, Any] = {
         "demonstrations": len(encoded),
         "rows": dataclasses.asdict(report),
         "response_tokens": sum(sum(row.completion_mask) for row in encoded),
-        "sequences": len(rows),
+        "sequences": len(trainer.train_dataset) - getattr(trainer, "fillers", 0),
         "steps": trainer.state.global_step,
         "loss": _last(trainer, "loss"),
         "token_accuracy": _last(trainer, "mean_token_accuracy"),
@@ -92,10 +92,9 @@ def train_sft(demonstrations: Sequence[Demonstration], config: Config, stage: St
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    model = config.model
-    tokenizer = load_tokenizer(model_path(model.name), pad_token=model.pad_token, revision=model.revision)
+    tokenizer = base_tokenizer(config)
     tokenizer.padding_side = "right"
-    return apply_template(tokenizer, config.template)
+    return tokenizer
 
 
 def _encode(
@@ -107,7 +106,7 @@ def _encode(
             len(demonstrations),
             config.sft.max_prompts,
         )
-    encoded, report = encode_demonstrations(tokenizer, demonstrations, config.model.max_length)
+    encoded, report = encode_demonstrations(tokenizer, demonstrations, config.model.max_length, config.sft.multi_turn)
     check_encoded(encoded, int(tokenizer.eos_token_id))
     _log.info(report.describe())
     return encoded, report
@@ -128,6 +127,32 @@ def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset
     return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset
 
 
+def _fit(
+    encoded: Sequence[EncodedDemonstration],
+    config: Config,
+    folder: Path,
+    checkpoint: Path | None,
+    stage: StageDirectory | None = None,
+) -> SFTTrainer:
+    """Train, all processes together.
+
+    Args:
+        encoded: the demonstrations in tokens.
+        config: the whole configuration.
+        folder: of the stage.
+        checkpoint: to go on from.
+        stage: on the process that writes.
+    """
+    quiet_libraries()
+    tokenizer = _tokenizer(config)
+    transformers.set_seed(config.seed)
+    with StageCallback(stage) as callback:
+        model, new_tokens = _load_base(config, tokenizer)
+        trainer = make_trainer(model, encoded, tokenizer, config, folder / CHECKPOINTS, callback, new_tokens)
+        _train(trainer, checkpoint, folder, callback)
+    return trainer
+
+
 class _OrderedTrainer(SFTTrainer):
     """TRL's trainer, with its rows in the order of `StepOrder`."""
 
@@ -145,6 +170,7 @@ def make_trainer(
     config: Config,
     output: Path,
     callback: StageCallback,
+    new_tokens: Sequence[int] = (),
 ) -> SFTTrainer:
     """Return TRL's trainer of a model on demonstrations in tokens.
 
@@ -155,21 +181,33 @@ def make_trainer(
         config: the whole configuration.
         output: folder of the checkpoints.
         callback: is told of every step.
+        new_tokens: ids of tokens that the base had no row for; beside an adapter they are trained.
     """
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer to the hub unless told not to
     dataset = _dataset(encoded, config)
-    trainer = _OrderedTrainer(
+    arguments = _arguments(config, output, len(encoded) / len(dataset))
+    trained = rows_by_layer(model, new_tokens)
+    _, processes = world()
+    kind: Callable[..., SFTTrainer] = _OrderedTrainer
+    if processes > 1:
+        at_once = arguments.per_device_train_batch_size * processes
+        dataset, fillers = filled(dataset, at_once, int(tokenizer.eos_token_id))
+        kind = partial(EvenTrainer, fillers)
+    trainer = kind(
         model=model,
-        args=_arguments(config, output, len(encoded) / len(dataset)),
+        args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=lora_config(config.model) if config.model.lora.enabled else None,
+        peft_config=lora_config(config.model, trained) if config.model.lora.enabled else None,
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     learning: Any = trainer.model
+    for module in learning.modules():
+        if type(module).__name__ == "TrainableTokensWrapper":
+            module.bias = None  # TRL asks the head for it; the wrapper knows only `weight`
     for parameter in learning.parameters():
         if parameter.requires_grad:  # TRL makes adapters of a quantised base bfloat16, where small steps vanish
             parameter.data = parameter.data.float()
@@ -179,11 +217,13 @@ def make_trainer(
 def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
     """Translate the configuration; where ``per_row`` demonstrations share a row, a step takes so much fewer rows."""
     sft = config.sft
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    _, processes = world()
     rows_per_step = max(1, round(sft.batch_size / per_row / processes))  # of this process
     rows_per_pass = min(rows_per_step, max(1, round(sft.microbatch_size / per_row)))
+    while processes > 1 and rows_per_step % rows_per_pass:
+        rows_per_pass -= 1
     on_gpu = choose_device(config) == "cuda"
-    return TrlConfig(
+    arguments = TrlConfig(
         output_dir=str(output),
         per_device_train_batch_size=rows_per_pass,
         gradient_accumulation_steps=max(1, round(rows_per_step / rows_per_pass)),
@@ -200,7 +240,8 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         bf16=config.model.dtype == "bfloat16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        activation_checkpointing=on_gpu,
+        activation_checkpointing=config.model.gradient_checkpointing,
+        use_liger_kernel=uses_liger(sft.kernels, on_gpu),
         packing=sft.packing,
         packing_strategy="bfd",
         max_length=config.model.max_length,
@@ -210,21 +251,31 @@ def _arguments(config: Config, output: Path, per_row: float) -> TrlConfig:
         save_total_limit=sft.save_total_limit,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one card: TRL refuses what transformers makes of several
+    return arguments
 
 
-def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def uses_liger(kernels: str, on_gpu: bool) -> bool:
+    """Say whether ``sft.kernels`` means Liger's; ``auto`` takes them where they are installed and there is a GPU."""
+    return kernels == "liger" or (kernels == "auto" and on_gpu and find_spec("liger_kernel") is not None)
+
+
+def _load_base(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, list[int]]:
+    """Return the base, with room for every token of the tokenizer, and the ids of the tokens it had no row for."""
     full = not config.model.lora.enabled
     loaded = dataclasses.replace(config.model, dtype="float32") if full else config.model
+    loaded = dataclasses.replace(loaded, attention=attention_of(loaded, choose_device(config)))
     quantized = config.model.quantization != "none"
     device = choose_device(config) if quantized else "cpu"  # the trainer moves it, unless it is quantised
     model = load_causal_lm(model_path(config.model.name), loaded, device, quantized=quantized)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.config.update(ids)
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
-    return model
+    new_tokens = make_room(model, tokenizer)
+    model.config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.generation_config = greedy(tokenizer)
+    return model, new_tokens
 
 
 def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback: StageCallback) -> None:
@@ -232,7 +283,7 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None, folder: Path, callback:
         with files.writing(folder), preemption.patient():
             with suppress(AllStepsDone):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if preemption.requested():
+            if any_rank(preemption.requested()):
                 raise preemption.Preempted.at("sft", trainer.state.global_step)
     except UserError:
         raise
@@ -253,6 +304,8 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, config: Config, stage:
     if lora:
         with stage.new_directory("adapter") as folder:
             model.save_pretrained(folder)
+            greedy(tokenizer).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     causal = model.get_base_model() if lora else model
     with stage.new_directory("model") as folder:
         save_model(causal, tokenizer, folder, config.model.dtype, "default" if lora else None)

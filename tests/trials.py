@@ -234,6 +234,7 @@ def fit_reward(
     path: Path,
     found: tuple[Sequence[LabelledResponse], Sequence[LabelledPair]],
     order: Tensor | None = None,
+    backbone: ModelConfig | None = None,
     **settings: Any,
 ) -> Fitted:
     """Fit a reward model and keep the gradients of every optimizer step, summed over the ranks.
@@ -242,6 +243,7 @@ def fit_reward(
         path: the SFT model.
         found: labels.
         order: of the labels within the one step; None: as they are drawn.
+        backbone: what to load the model as; None: as usual.
         **settings: of the fit.
     """
     gradients: list[Named] = []
@@ -256,7 +258,7 @@ def fit_reward(
         if "gradient_norm" in values:
             metrics.append(dict(values))
 
-    model = RewardModel.from_backbone(path, ModelConfig(), heads=3)
+    model = RewardModel.from_backbone(path, backbone or ModelConfig(), heads=3)
     defaults = {"epochs": 1.0, "learning_rate": 1e-3, "batch_size": 8, "microbatch_size": 8}
     defaults |= {"model": ModelConfig(lora=LORA)}
     epochs = finetuning._epochs if order is None else lambda *_: iter([[order]])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trlhf import __version__
 from trlhf.errors import UserError
 from trlhf.preemption import EXIT_STATUS, Preempted
+from trlhf.processes import join_tasks, launched
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,7 +29,23 @@ class _Stop(BaseException):
 
 
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit; of several processes one does, and the others follow it."""
+    try:
+        several = launched()[1] > 1
+    except UserError as error:
+        _fail(str(error))
+    if not several:
+        _command()
+        return
+    from trlhf.crew import run_as_one
+
+    try:
+        run_as_one(_command)
+    except UserError as error:
+        _fail(str(error))
+
+
+def _command() -> None:
     try:
         _main(sys.argv[1:])
     except _Stop as stop:
@@ -65,6 +82,7 @@ def _main(arguments: list[str]) -> None:
         raise UserError("--config-path and --config-name are not used here; add a folder of your own with --config-dir")
     if not (flags.help or flags.hydra_help or flags.shell_completion):
         composed = compose(flags.overrides, multirun=_multirun(flags), config_dir=flags.config_dir)
+        _check_launcher(flags)
         options = [text for text in arguments if text not in flags.overrides]
         sys.argv[1:] = [*options, *composed.overrides]
     register_schema()
@@ -95,6 +113,7 @@ def job(values: DictConfig) -> None:
     if sweep and values.run.dir is None:
         with open_dict(values):
             values.run.dir = str(Path(HydraConfig.get().sweep.dir, HydraConfig.get().sweep.subdir))
+    join_tasks()
     try:
         config = config_of(values)
         setup_logging()
@@ -106,6 +125,16 @@ def job(values: DictConfig) -> None:
             raise _Stop(error) from error
         _report(f"job {HydraConfig.get().job.num}: {error}")
         raise _JobFailed("a job of this sweep failed; its message is above") from None
+
+
+def _check_launcher(flags: Namespace) -> None:
+    """Refuse a sweep's launcher among several processes: its jobs would take themselves for those."""
+    chosen = [text.partition("=")[2] for text in flags.overrides if text.lstrip("+").startswith("hydra/launcher=")]
+    if launched()[1] > 1 and _multirun(flags) and chosen and chosen[-1] != "basic":
+        raise UserError(
+            f"hydra/launcher={chosen[-1]} starts processes of its own for each job, but this command was started as "
+            "several already (WORLD_SIZE); start the sweep with python -m trlhf --multirun …"
+        )
 
 
 def _multirun(flags: Namespace) -> bool:

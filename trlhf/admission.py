@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trlhf import files
 from trlhf.errors import UserError
 from trlhf.fingerprint import differences, fingerprint
-from trlhf.run import BEGUN, STAGES, RunDirectory, StageDirectory, planned
+from trlhf.run import BEGUN, FOLDERS, RunDirectory, StageDirectory, planned
 
 if TYPE_CHECKING:
     from trlhf.config import Config
@@ -22,21 +21,6 @@ ROOT = Path("runs")
 # What a stage leaves behind before its first artifact or checkpoint: nothing that cost much.
 SLIGHT = {"config.yaml", "metrics.jsonl", BEGUN}
 logger = logging.getLogger("trlhf")
-
-
-def one_process() -> None:
-    """Refuse to be one of several processes: they would each do the whole run, in one folder.
-
-    Raises:
-        UserError: ``WORLD_SIZE``, as torchrun and accelerate set it, is more than 1.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size not in ("", "1"):
-        raise UserError(
-            f"WORLD_SIZE={size}: trlhf was started as one of {size} processes (by torchrun or accelerate launch?), but "
-            "the stages run in one process yet; start it with python -m trlhf. (The learners of trlhf.rl work in "
-            "several: trlhf.distributed.)"
-        )
 
 
 def open_run(config: Config, root: Path = ROOT) -> RunDirectory:
@@ -48,7 +32,8 @@ def open_run(config: Config, root: Path = ROOT) -> RunDirectory:
     Raises:
         UserError: another process is writing there; or a stage in it was made with other values.
     """
-    one_process()
+    if config.run.dir is None and not planned(config):
+        raise UserError(f"run.dir is missing: stage={config.stage} tells of a run that is there; give run.dir=DIR")
     if config.run.dir is not None:
         run = RunDirectory(Path(config.run.dir).expanduser())
         run.lock()
@@ -70,7 +55,7 @@ def _admit(run: RunDirectory, config: Config) -> None:
     from trlhf.config import plain
 
     values = plain(config)
-    changes = [problem for name in STAGES for problem in _changed(run.stage(name), name, planned(config), values)]
+    changes = [problem for name in FOLDERS for problem in _changed(run.stage(name), name, planned(config), values)]
     if changes:
         raise UserError(
             f"run.dir={run.path} holds results of other values:\n"
@@ -78,6 +63,8 @@ def _admit(run: RunDirectory, config: Config) -> None:
             + "\ngive the old values, or another run.dir for the new ones; or delete the folders of these stages, "
             "which are then made again (labels are kept)"
         )
+    if not planned(config):
+        return
     run.continued = (run.path / "run.json").exists()
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
     for name in planned(config):

@@ -1,8 +1,9 @@
-"""One setting of the C library that makes training small models on a CPU up to twice as fast."""
+"""Memory that is freed: kept by the C library where that makes training faster, handed back between models."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from contextlib import suppress
 
@@ -23,3 +24,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def let_go() -> None:
+    """Let go of models that nobody uses any more before others are loaded; their cycles would stay beside them."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from trlhf.rarer_rows import is_roleplay, multiple_choice_turns, roleplay_turns, unzipped
 from trlhf.types import Message
 
 Role = Literal["system", "user", "assistant"]
@@ -13,13 +14,15 @@ SHAPES = (
     "'messages' (a list of role and content), 'prompt' and 'completion', 'prompt' and 'chosen', "
     "'conversations' (ShareGPT: from and value), 'instruction', 'input' and 'output' (Alpaca), 'question' and 'answer'"
 )
+COLUMNS = ("messages", "conversations", "conversation", "items", "dialogue", "dialog", "turns")  # that hold turns
 _ROLES: dict[str, Role] = {
     "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "bing", "bard"), "assistant"),
 }
+_SPEAKERS = ("role", "from", "speaker", "author")  # who speaks in a turn …
+_TEXTS = ("content", "value", "text", "message")  # … and what
+_PAIRS = (("input", "output"), ("human", "gpt"), ("user", "assistant"), ("human", "assistant"), ("user", "bot"))
 
 
 class MalformedRow(ValueError):
@@ -35,27 +38,32 @@ def chat_from_row(data: Mapping[str, Any]) -> tuple[Message, ...]:
     Raises:
         MalformedRow: no known shape, a turn without text, or turns in an impossible order.
     """
-    row = {key: value for key, value in data.items() if value is not None}
-    if "messages" in row:
-        messages = _turns(row["messages"], "messages")
-    elif "conversations" in row:
-        messages = _turns(row["conversations"], "conversations")
+    row = {key: unzipped(value) if key in COLUMNS else value for key, value in data.items() if value is not None}
+    column = next((name for name in COLUMNS if name in row), None)
+    if column in COLUMNS[:2]:
+        messages = _turns(row[column], column)
     elif "chosen" in row:
         messages = _join(row.get("prompt", []), "chosen", row["chosen"])
     elif "prompt" in row:
         messages = _join(row["prompt"], "completion", row.get("completion", []))
     elif "instruction" in row:
         messages = _alpaca(row)
-    elif "question" in row:
-        messages = [_message("user", row["question"], "question")]
-        if "answer" in row:
-            answer = row["answer"]
-            text = str(answer) if isinstance(answer, int | float) else answer
-            messages.append(_message("assistant", text, "answer"))
+    elif "question" in row and "choices" in row and "answerKey" in row:
+        messages = _multiple_choice(row)
+    elif "question" in row or ("query" in row and "response" in row):
+        asked = "question" if "question" in row else "query"
+        messages = [_message("user", row[asked], asked)]
+        answer = next((name for name in ("answer", "response") if name in row), None)
+        if answer is not None:
+            text = str(row[answer]) if isinstance(row[answer], int | float) else row[answer]
+            messages.append(_message("assistant", text, answer))
+    elif column is not None:  # names that other shapes use too, for something else
+        messages = _roleplay(row, column) if is_roleplay(row[column]) else _turns(row[column], column)
     else:
         raise MalformedRow("missing 'messages' (or another known shape)")
-    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", row["system"], "system"))
+    for name in ("system", "system_prompt"):
+        if isinstance(row.get(name), str) and row[name].strip() and messages[0]["role"] != "system":
+            messages.insert(0, _message("system", row[name], name))
     _check_order(messages)
     return tuple(messages)
 
@@ -98,19 +106,37 @@ def _empty(value: Any, column: str) -> list[Message]:
     raise MalformedRow(f"{column!r} is {_kind(value)}, neither text nor a list of messages")
 
 
+def _roleplay(row: Mapping[str, Any], column: str) -> list[Message]:
+    if not all(isinstance(turn, Mapping) for turn in row[column]):
+        raise MalformedRow(f"{column!r} holds something that is no object with message and is_human")
+    return [_message(role, text, f"a turn of {column!r}") for role, text in roleplay_turns(row, row[column])]
+
+
+def _multiple_choice(row: Mapping[str, Any]) -> list[Message]:
+    choices = unzipped(row["choices"])
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, Mapping) for choice in choices):
+        raise MalformedRow(f"'choices' is {_kind(choices)}, not a list of objects with label and text")
+    return [_message(role, text, "question") for role, text in multiple_choice_turns(row)]
+
+
 def _turns(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list | tuple) or not value:
         raise MalformedRow(f"{column!r} is {_kind(value)}, not a list of messages")
-    return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(value)]
+    return [message for index, turn in enumerate(value) for message in _turn(turn, f"{column}[{index}]")]
 
 
-def _turn(turn: Any, place: str) -> Message:
+def _turn(turn: Any, place: str) -> list[Message]:
+    """Return the message of a turn, or the two of a turn that holds a question with its answer."""
     if not isinstance(turn, Mapping):
         raise MalformedRow(f"{place} is {_kind(turn)}, not an object with role and content")
-    role = turn.get("role", turn.get("from"))
-    if role not in _ROLES:
+    for asked, answered in _PAIRS:
+        if asked in turn and answered in turn:
+            return [_message("user", turn[asked], place), _message("assistant", turn[answered], place)]
+    role = next((turn[key] for key in _SPEAKERS if turn.get(key) is not None), None)
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
         raise MalformedRow(f"{place} has the role {role!r}, which is none of {', '.join(_ROLES)}")
-    return _message(_ROLES[cast(str, role)], turn.get("content", turn.get("value")), place)
+    return [_message(known, next((turn[key] for key in _TEXTS if turn.get(key) is not None), None), place)]
 
 
 def _message(role: Role, content: Any, place: str) -> Message:

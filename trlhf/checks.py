@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trlhf.checks_mixture import mixture_problems
 from trlhf.config import LABEL_RULES, UPDATE_RULES
+from trlhf.evaluation.checks import evaluation_problems
+from trlhf.hardware_checks import hardware_problems
+from trlhf.hub import DATA as HUB_DATA
+from trlhf.hub import NAME as HUB_NAME
+from trlhf.hub import exists_or_on_hub
 from trlhf.schema import Problem, show
 from trlhf.tracking import is_missing
 
 if TYPE_CHECKING:
     from trlhf.config import Config, DataConfig, RlConfig
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_DATA = re.compile(rf"{HUB_NAME.pattern}(:\w[\w.-]*)?")  # with a configuration: openai/gsm8k:main
+OWN_TEST = "test"  # in check.against: the run's own held-out prompts
 SOLUTIONS = "example_model_solutions.jsonl"  # of GSM8K: real models' solutions, marked right or wrong
-FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".jinja", ".txt"}
+TEMPLATES = Path(__file__).parent / "sft" / "chat_templates"
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
@@ -28,11 +31,17 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _run(config)
     yield from _batches(config)
     yield from _model(config)
+    yield from hardware_problems(config)
+    yield from _template(config)
     yield from _data(config)
+    yield from _contamination(config)
+    yield from mixture_problems(config.data)
+    yield from _push(config)
     yield from _labels(config)
     yield from _rl(config)
     yield from _rules("rl.stop_rules", config.rl.stop_rules, UPDATE_RULES)
     yield from _rules("targeting.stop_rules", config.targeting.stop_rules, LABEL_RULES)
+    yield from evaluation_problems(config)
 
 
 def _rules(key: str, chosen: Sequence[str], known: Sequence[str]) -> Iterator[Problem]:
@@ -90,7 +99,7 @@ def _nearest(part: int, whole: int, unit: int) -> str:
 
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.name != "micro" and not _found(model.name):
+    if model.name != "micro" and not exists_or_on_hub(model.name):
         yield Problem(
             ("model.name",),
             f"model.name={model.name} is neither micro, nor a folder that exists, nor a hub name like owner/name; "
@@ -100,11 +109,6 @@ def _model(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("model.name", "model.revision"),
             f"model.revision={model.revision} is for hub models, but model.name=micro is embedded; leave it out",
-        )
-    if model.attention == "flash_attention_2" and config.hardware.device == "cpu":
-        yield Problem(
-            ("model.attention", "hardware.device"),
-            "model.attention=flash_attention_2 needs a GPU, but hardware.device=cpu; use model.attention=sdpa",
         )
     if model.lora.enabled and not model.lora.target_modules:
         yield Problem(
@@ -116,12 +120,6 @@ def _model(config: Config) -> Iterator[Problem]:
             ("model.quantization", "model.lora.enabled"),
             f"model.quantization={model.quantization} keeps a base that cannot learn, but model.lora.enabled=false "
             "would train it; add model.lora.enabled=true",
-        )
-    if model.quantization != "none" and find_spec("bitsandbytes") is None:
-        yield Problem(
-            ("model.quantization",),
-            f"model.quantization={model.quantization} needs the package bitsandbytes, which is not installed; "
-            "pip install 'trlhf[quantized]', or use model.quantization=none",
         )
     if model.lora.enabled and config.reward.finetune == "full":
         yield Problem(
@@ -139,11 +137,25 @@ def _model(config: Config) -> Iterator[Problem]:
                 f"{key}={tokens} must be smaller than model.max_length={model.max_length}, which holds the prompt too; "
                 f"try {model.max_length // 2}",
             )
-    name = config.template.name
-    if name not in ("cerebrum", "chatml", "tokenizer") and not (name.endswith(".jinja") and Path(name).is_file()):
+
+
+def _template(config: Config) -> Iterator[Problem]:
+    template = config.template
+    name, known = template.name, [*sorted(path.stem for path in TEMPLATES.glob("*.jinja")), "tokenizer"]
+    if name not in known and not (name.endswith(".jinja") and Path(name).is_file()):
+        near = difflib.get_close_matches(name, known, n=1)
         yield Problem(
             ("template.name",),
-            f"template.name={name} is neither cerebrum, chatml, tokenizer, nor a .jinja file that exists; give one",
+            f"template.name={name} is neither {', '.join(known)}, nor a .jinja file that exists; "
+            + (f"did you mean {near[0]}?" if near else "give one"),
+        )
+    if template.added_tokens and config.model.quantization != "none":
+        yield Problem(
+            ("template.added_tokens", "model.quantization"),
+            f"template.added_tokens=[{','.join(template.added_tokens)}] are rows that must be learned and kept, but "
+            f"model.quantization={config.model.quantization} loads the base without them in every stage; use "
+            "model.quantization=none, a template without new tokens (template=user-assistant) or, where the tokenizer "
+            "has them already, template.added_tokens=[]",
         )
 
 
@@ -163,8 +175,8 @@ def _data(config: Config) -> Iterator[Problem]:
             + (" or use data.sft, data.pool and data.test" if data.name == "file" else " or leave data.path out"),
         )
     needed = {"all": ("sft", "pool", "test"), "sft": ("sft",), "reward": ("pool",), "rl": ("pool",), "eval": ("test",)}
-    for key in needed[stage] if data.name == "file" else ():
-        if files[key] is None:
+    for key in needed.get(stage, ()) if data.name == "file" else ():
+        if files[key] is None and not (key == "sft" and data.mixture):
             yield Problem(
                 ("data.name", f"data.{key}"),
                 f"data.{key} is missing, but data.name=file needs it for stage={stage}; "
@@ -178,12 +190,54 @@ def _data(config: Config) -> Iterator[Problem]:
                 "add data=file or leave it out",
             )
     for key, value in {"path": data.path, **files}.items():
-        if value is not None and not _found(value, HUB_DATA):
+        if value is not None and not exists_or_on_hub(value, HUB_DATA):
             yield Problem(
                 (f"data.{key}",),
                 f"data.{key}={value} does not exist (seen from {Path.cwd()}), and is no hub name like owner/name; "
                 "correct the path",
             )
+
+
+def _contamination(config: Config) -> Iterator[Problem]:
+    """What is compared with what, in ``stage=check`` or before the stages that learn."""
+    data, against = config.data, config.check.against
+    asked = "stage=check" if config.stage == "check" else "data.decontaminate=true"
+    if config.stage != "check" and not data.decontaminate:
+        return
+    if data.name == "file" and data.sft is None and data.pool is None and data.labels is None:
+        yield Problem(
+            ("data.name", "data.sft", "data.pool", "data.labels"),
+            f"data.sft, data.pool and data.labels are missing, but {asked} compares the training data of "
+            "data.name=file; give at least one of them",
+        )
+    if data.name == "file" and data.test is None and OWN_TEST in (against or [OWN_TEST]):
+        yield Problem(
+            ("data.name", "data.test", "check.against"),
+            f"data.test is missing, but {asked} compares the training data with it; give data.test=FILE, or "
+            "check.against=[FILE,…] without 'test'",
+        )
+    for name in against:
+        if name != OWN_TEST and not exists_or_on_hub(name, HUB_DATA):
+            yield Problem(
+                ("check.against",),
+                f"check.against=[{','.join(against)}]: {name} does not exist (seen from {Path.cwd()}), and is neither "
+                "'test' (the run's own test set) nor a hub name like owner/name; correct the path",
+            )
+
+
+def _push(config: Config) -> Iterator[Problem]:
+    if config.push is None:
+        return
+    if not HUB_NAME.fullmatch(config.push):
+        yield Problem(
+            ("push",), f"push={config.push} is no repository on the hub; give push=OWNER/NAME, the owner being yourself"
+        )
+    if config.stage not in ("all", "card"):
+        yield Problem(
+            ("push", "stage"),
+            f"push={config.push} uploads a finished model with its card, which stage={config.stage} does not write; "
+            "use stage=card afterwards",
+        )
 
 
 def labels_come_with(data: DataConfig) -> bool:
@@ -317,10 +371,3 @@ def _anchors(rl: RlConfig) -> Iterator[Problem]:
             f"rl.anchor_kl_horizon={rl.anchor_kl_horizon} is so short that one rollout batch, which looks at anchors "
             f"{responses} times, could take rl.anchor_coef to 0 or below; try {5 * responses} or more",
         )
-
-
-def _found(name: str, hub: re.Pattern[str] = HUB_NAME) -> bool:
-    """Say whether a name is a path that exists, or may be a hub name (which only a download can tell)."""
-    return Path(name).expanduser().exists() or (
-        hub.fullmatch(name) is not None and Path(name.partition(":")[0]).suffix not in FILE_SUFFIXES
-    )

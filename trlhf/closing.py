@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trlhf.console import print_table
+from trlhf.evaluation.report import estimates
 
 log = logging.getLogger("trlhf")
 NONE = "–"
@@ -20,6 +21,8 @@ def news_of(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         stage: its name.
         metrics: content of its ``metrics.json``.
     """
+    if stage == "check":
+        return {"contamination": metrics}
     if stage == "sft":
         return {"demonstrations": metrics["demonstrations"]}
     if stage == "reward":
@@ -29,7 +32,8 @@ def news_of(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {"labels": labels, "rl": {name: metrics[name] for name in ("stopped", "held_out_accuracy")}}
     models, measures = metrics["models"], ("accuracy", "by_kind", "plans", "plans_by_kind")
     measured = {measure: {name: entry[measure] for name, entry in models.items()} for measure in measures}
-    return {**measured, "paired": metrics["paired"]}
+    suites = {"suites": estimates(metrics["suites"])} if "suites" in metrics else {}
+    return {**(measured | {"paired": metrics["paired"]} if models else {}), **suites}
 
 
 def print_closing_table(summary: Mapping[str, Any], confidence: float) -> None:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trlhf.config import Config, build_config, plain
 from trlhf.errors import ConfigError, UserError
+from trlhf.hardware import look
 from trlhf.schema import show
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
@@ -64,7 +65,7 @@ def compose(overrides: Sequence[str], *, multirun: bool = False, config_dir: str
         extra = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
         choices: list[list[str]] = []
         accepted: list[str] = []
-        for override in _parse(overrides, problems):
+        for override in _parse([_template_file(text) for text in overrides], problems):
             grouped = override.key_or_group in groups
             if override.is_sweep_override() and not multirun:
                 problems.append(
@@ -79,6 +80,10 @@ def compose(overrides: Sequence[str], *, multirun: bool = False, config_dir: str
             if texts:  # without any, there is a problem on the list
                 choices.append(texts)
                 accepted.append(_normal(override, grouped))
+        if machine := _machine(choices, accepted, extra):
+            choices = [[text for text in texts if text != "hardware=auto"] for texts in choices]
+            choices = [texts for texts in choices if texts] + [[text] for text in machine]
+            accepted = [text for text in accepted if text != "hardware=auto"] + machine
         configs: list[Config] = []
         for job in itertools.islice(itertools.product(*choices), CHECKED_AT_MOST):
             values = _values([*extra, *job], problems)
@@ -104,8 +109,14 @@ def config_of(values: Any) -> Config:
 @contextmanager
 def _hydra() -> Iterator[ConfigLoader]:
     register_schema()
-    with initialize_config_module("trlhf.conf", version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+    shared = GlobalHydra.instance()
+    outer = shared.hydra  # the command line's own, while a job of it runs
+    shared.clear()
+    try:
+        with initialize_config_module("trlhf.conf", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        shared.hydra = outer
 
 
 def _parse(overrides: Sequence[str], problems: list[str]) -> Iterator[Override]:
@@ -116,6 +127,12 @@ def _parse(overrides: Sequence[str], problems: list[str]) -> Iterator[Override]:
         except HydraException as error:
             reason = str(error).strip().splitlines()[0].partition(" expecting")[0]
             problems.append(f"{text}: cannot be read ({reason}); write KEY=VALUE, with quotes around odd characters")
+
+
+def _template_file(text: str) -> str:
+    """Let ``template=FILE.jinja`` mean ``template.name=FILE.jinja``."""
+    key, _, value = text.partition("=")
+    return f"template.name={value}" if key == "template" and value.strip("'\"").endswith(".jinja") else text
 
 
 def _own_choices(config_dir: str | None, group: str) -> list[str]:
@@ -132,11 +149,13 @@ def _group_texts(override: Override, known: list[str], problems: list[str]) -> I
         if isinstance(value, str) and value in known:
             yield f"{override.get_key_element().lstrip('+')}={value}"
             continue
-        near = difflib.get_close_matches(str(value), known, n=1)
+        near = difflib.get_close_matches(str(value), known, n=1) if group != "hardware" else []  # gpu is near to cpu
         if value is None:
             remedy = f"choose one, or write ~{group} to do without"
         elif near:
             remedy = f"did you mean {near[0]}?"
+        elif group == "hardware":
+            remedy = "choose by the memory of your card, or leave hardware out: the machine is looked at"
         elif group in ("model", "template"):
             remedy = f"choose one, or give a name or path of your own as {group}.name={value}"
         else:
@@ -162,6 +181,22 @@ def _normal(override: Override, grouped: bool) -> str:
     if override.is_delete() or override.is_hydra_override():
         return line
     return line.lstrip("+") if grouped else f"++{line.lstrip('+')}"
+
+
+def _machine(choices: Sequence[Sequence[str]], accepted: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Return the overrides that choose the hardware, where neither the command line nor an experiment has chosen it."""
+    if any(text.lstrip("~").partition("=")[0] == "hardware" and text != "hardware=auto" for text in accepted):
+        return []
+    given = {text.lstrip("+").partition("=")[0]: text.partition("=")[2] for text in accepted}
+    hardware: Any = {"name": "auto", "device": given.get("hardware.device", "auto")}
+    if "experiment" in given or extra:  # which may choose it: only composing tells
+        hardware = _values([*extra, *(texts[0] for texts in choices)], []).get("hardware")
+    if not isinstance(hardware, dict) or hardware.get("name") != "auto" or "hardware.name" in given:
+        return []
+    name = "cpu" if hardware.get("device") == "cpu" else look().name
+    if name == "auto" or (name == "cpu" and hardware.get("device") == "cuda"):
+        return []
+    return [f"hardware={name}", "++hardware.automatic=true"]
 
 
 def _values(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trlhf.errors import ConfigError
 from trlhf.schema import build, setting
 
-Stage = Literal["all", "sft", "reward", "rl", "eval"]
+Stage = Literal["all", "check", "sft", "reward", "rl", "eval", "card"]
 Acquisition = Literal[
     "uniform",
     "frontier",
@@ -27,6 +27,7 @@ Acquisition = Literal[
 ]
 UPDATE_RULES = ("outliers_doubled", "longer_without_accuracy", "frontier_used_up", "anchors_fell")
 LABEL_RULES = ("labels_buy_too_little", "held_out_gain_covers_zero")  # both are functions of trlhf.targeting.stopping
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 PairAcquisition = Literal["uniform", "double_thompson", "v_optimal", "d_optimal", "max_entropy", "apl"]
 MISTRAL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -58,10 +59,40 @@ class ModelConfig:
     revision: str | None = None  # hub revision (commit, tag or branch)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
     quantization: Literal["none", "nf4"] = "none"  # of a base under adapters (https://arxiv.org/abs/2305.14314)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = (
+        "sdpa"  # see trlhf.attention
+    )
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass (https://arxiv.org/abs/1604.06174)
+    )
     max_length: int = setting(1024, low=16)  # tokens of prompt and response together
     pad_token: str | None = None  # token to pad with when the tokenizer names none; never EOS
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set of a mixture."""
+
+    path: str = ""  # file, folder or hub name (owner/name, owner/name:configuration, owner/name:file.parquet)
+    split: str = "train"  # of a folder or a hub data set
+    weight: float = setting(1.0, above=0)  # how often each chat counts in an epoch; 0.5: half of them, at random
+    cap: int = setting(0, low=0)  # at most so many chats, at random, before the weight; 0: all
+    stream: bool = False  # hub: read over the network, nothing on the disk; with cap: the first in a shuffled order
+    native: bool = False  # turn worked solutions in GSM8K's notation into native chain of thought
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which chats SFT learns from."""
+
+    min_tokens: int = setting(0, low=0)  # of the whole chat in its template; 0: any
+    max_tokens: int = setting(0, low=0)  # 0: any
+    min_turns: int = setting(0, low=0)  # responses; 2: multi-turn chats only; 0: any
+    languages: list[str] = setting([])  # ISO 639-1 codes, as py3langid finds them; []: any
+    drop_matching: list[str] = setting([])  # regular expressions; a chat in which one is found is left out
+    keep_matching: list[str] = setting([])  # a chat in which none is found is left out
+    near_duplicates: float = setting(0.0, low=0, high=1)  # Jaccard similarity from which a later chat goes; 0: never
 
 
 @dataclass(frozen=True)
@@ -77,14 +108,40 @@ class DataConfig:
     sft_prompts: int = setting(600, low=0)  # at most so many demonstrations; 0: all
     pool_prompts: int = setting(600, low=0)  # at most so many; 0: all
     test_prompts: int = setting(400, low=0)  # at most so many; 0: all
+    decontaminate: bool = False  # check first, and leave out the training rows that stage=check lists
+    mixture: dict[str, SourceConfig] = field(default_factory=dict)  # file: demonstrations from several, in place of sft
+    filters: FilterConfig = field(default_factory=FilterConfig)  # file: of the demonstrations
+    mirror: str | None = None  # folder with copies of hub data sets (FOLDER/owner/name), read in place of the hub
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Training data against evaluation sets. ``docs/contamination.md`` says what is compared with what."""
+
+    against: list[str] = setting([])  # files, folders, hub names; "test": the run's own test set; none: that one alone
+    ngram: int = setting(13, low=0)  # words; 0: no n-grams. https://arxiv.org/abs/2005.14165, appendix C
+    overlap: float = setting(0.7, above=0, high=1)  # of an item's n-grams in one row; https://arxiv.org/abs/2204.02311
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """What the model card says and only the user knows; ``docs/model-card.md``."""
+
+    name: str | None = None  # of the model; null: that of `push`, else base and algorithm
+    license: str | None = None  # as the hub spells it, apache-2.0 for instance; null: the card states none
+    language: list[str] = setting(["en"])  # ISO 639
+    datasets: list[str] = setting([])  # names on the hub, beside those that data.* names
+    private: bool = True  # a repository that `push` makes
 
 
 @dataclass(frozen=True)
 class TemplateConfig:
     """How a chat becomes text."""
 
-    name: str = "cerebrum"  # cerebrum, chatml, tokenizer (the tokenizer's own) or the path of a .jinja file
+    name: str = "cerebrum"  # one in sft/chat_templates, tokenizer (the tokenizer's own) or the path of a .jinja file
     system: str | None = None  # replaces the template's system line
+    added_tokens: list[str] = setting([])  # that the tokenizer is to know; the embeddings grow by those it does not
+    eos_token: str | None = None  # what ends a response, in place of the tokenizer's EOS
 
 
 @dataclass(frozen=True)
@@ -99,6 +156,8 @@ class SftConfig:
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float = setting(1.0, above=0)
     packing: bool = False  # several demonstrations in one row
+    kernels: Literal["torch", "liger", "auto"] = "torch"  # of norms, rotations and gates; auto: Liger's where they are
+    multi_turn: Literal["unrolled", "whole"] = "unrolled"  # a chat: a demonstration for each response, or one for all
     max_prompts: int = setting(5000, low=1)  # a warning above it: Cerebrum's card promises fewer
     save_steps: int = setting(50, low=1)  # steps between checkpoints
     save_total_limit: int = setting(2, low=2, remedy="one is being written while another holds")  # checkpoints kept
@@ -134,6 +193,7 @@ class RlConfig:
     temperature: float = setting(1.0, above=0, remedy="sampling and log-probabilities share it")
     max_new_tokens: int = setting(160, low=1)
     rollout_batch_size: int = setting(128, low=1)  # responses decoded together (whole prompts); the reward stage's too
+    draws: Literal["stream", "batch"] = "stream"  # random numbers: one stream, or one for each decoded batch
     epochs: int = setting(2, low=1)  # passes over each rollout batch
     minibatch_size: int = setting(64, low=1)  # responses per step; PPO: whole prompts, all their samples
     microbatch_size: int = setting(16, low=1)  # responses per forward pass; memory grows with it
@@ -216,20 +276,57 @@ class LabelerConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Greedy, zero-shot."""
+class JudgeConfig:
+    """Who rates open answers: any server that speaks OpenAI's chat completions."""
 
-    batch_size: int = setting(128, low=1)  # prompts decoded together
+    url: str | None = None  # such as http://localhost:8000/v1
+    model: str | None = None  # as the server calls it; MT-Bench's published figures are GPT-4's
+    key_env: str | None = None  # environment variable with the API key; null: the server wants none
+    timeout: float = setting(60.0, above=0)  # seconds for one answer
+    retries: int = setting(4, low=0)  # further attempts after a failure or an answer without a rating
+    backoff: float = setting(1.0, low=0)  # seconds before the first of them, doubled for each further one
+    concurrency: int = setting(4, low=1)  # questions under way at once
+    max_tokens: int = setting(2048, low=1)  # of an answer; https://arxiv.org/abs/2306.05685's code asks for as many
+
+
+@dataclass(frozen=True)
+class MtBenchConfig:
+    """Two-turn questions, rated from 1 to 10 (Zheng et al., https://arxiv.org/abs/2306.05685)."""
+
+    questions: str = "HuggingFaceH4/mt_bench_prompts"  # file or hub name: two turns, category, perhaps references
+    prompts: str | None = None  # YAML file with the judge's prompts; null: ours
+    max_new_tokens: int = setting(1024, low=1)  # of an answer
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy, zero-shot, on the held-out prompts; and suites, each with the protocol of ``docs/evaluation.md``."""
+
+    batch_size: int = setting(128, low=1)  # prompts decoded together; sequences scored together
     max_new_tokens: int = setting(160, low=1)
     interval: Literal["wilson", "bootstrap"] = "wilson"
     confidence: float = setting(0.95, above=0, below=1)
+    suites: list[str] = setting([])  # reasoning, open-llm-v1, gpt4all, agieval, truthfulqa, bbh, mt-bench, file
+    tasks: list[str] = setting([])  # only these of the suites' tasks; []: all
+    limit: int = setting(0, low=0)  # at most so many questions of each task; 0: all
+    model: str | None = None  # stage=eval: this model alone (folder, adapter, .gguf file or hub name), not the run's
+    file: str | None = None  # suite file: questions with answers (file, folder or hub name)
+    mirror: str | None = None  # folder that holds copies of hub data sets, as OWNER/NAME
+    chat_template: bool = False  # in lm-eval's suites; false, as on the leaderboards
+    majority: int = setting(0, low=0)  # votes per question, beside the greedy answer; 0: none
+    temperature: float = setting(0.7, above=0)  # of the votes (https://arxiv.org/abs/2203.11171, sec. 3.1)
+    mt_bench: MtBenchConfig = field(default_factory=MtBenchConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What it runs on."""
+    """What it runs on. Choose with ``hardware=NAME``, which sets all that follows; ``docs/hardware.md`` says what."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: Literal["auto", "cpu", "gpu-24gb", "gpu-80gb", "multi-gpu"] = "auto"  # of the YAML file; auto: none was taken
+    automatic: bool = False  # whether the machine was looked at, since nobody chose
+    memory: float | None = setting(None, above=0)  # GiB of one card, or of the machine; null: look
     threads: int = setting(0, low=0)  # of torch on the CPU; 0: torch's default
 
 
@@ -241,9 +338,11 @@ class Config:
     seed: int = setting(0, low=0, below=2**32)  # every stage derives its own generators from it
     dry_run: bool = False  # print the plan and stop
     experiment: str | None = None  # label of the recipe that was composed
+    push: str | None = None  # repository on the hub to upload model and card to, at the end and by stage=card
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -252,6 +351,7 @@ class Config:
     labeler: LabelerConfig = field(default_factory=LabelerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
 
 def build_config(values: Mapping[str, Any]) -> Config:

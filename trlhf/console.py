@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +82,7 @@ def quiet_libraries() -> None:
             library.propagate = False
             library.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)  # new tokens: as it should
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
@@ -91,9 +93,18 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
-def record(message: str) -> None:
+def hush() -> None:
+    """Say nothing in this process: another one speaks for it."""
+    CONSOLE.quiet = True
+    logger.handlers[:] = [logging.NullHandler()]
+    logger.propagate = False
+    warnings.simplefilter("ignore")
+    quiet_libraries()
+
+
+def record(message: str, level: int = logging.ERROR) -> None:
     """Write a line to the log file only; the user has been told already."""
-    entry = logger.makeRecord("trlhf", logging.ERROR, "", 0, message, (), None)
+    entry = logger.makeRecord("trlhf", level, "", 0, message, (), None)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(entry)
@@ -114,14 +125,27 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         yield from _lines(description, total)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-    """Print a table; all columns but the first are aligned to the right, and cells wrap where it is too narrow."""
-    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "", width: int | None = None
+) -> None:
+    """Print a table, also into the log file; columns but the first are aligned to the right, and long cells wrap.
+
+    Args:
+        title: above it.
+        columns: their names.
+        rows: cells of each row.
+        caption: below it.
+        width: characters that it has at least, so that title and caption need not wrap.
+    """
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left", min_width=width)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     CONSOLE.print(table)
+    written = Console(file=StringIO(), width=120)
+    written.print(table)
+    record("\n" + written.file.getvalue().rstrip(), logging.INFO)  # type: ignore[attr-defined]
 
 
 def _bar(description: str, total: int) -> Iterator[Advance]:

@@ -113,8 +113,8 @@ def no_usable_row(rows: Sequence[Row], report: RowReport) -> UserError:
     first = next(row for row in rows if row.place == places[0])
     columns = ", ".join(map(repr, first.data)) or "no columns"
     return UserError(
-        f"{spoken(first.place)}: {reason}; found {columns}. None of the {len(rows)} rows of {report.source} is usable; "
-        f"give each row {SHAPES}"
+        f"{spoken(first.place)}: {reason}; found {columns}. None of the {report.read} rows of {report.source} is "
+        f"usable; give each row {SHAPES}"
     )
 
 

@@ -11,25 +11,40 @@ if TYPE_CHECKING:
     from trlhf.config import Config
 
 # Keys (or whole groups) that the result of each stage, in order, depends on.
-_SAMPLING = ("seed", "model", "data.name", "data.path", "data.pool", "data.pool_prompts", "data.labels", "template")
+_SAMPLING = (
+    *("seed", "model", "data.name", "data.path", "data.pool", "data.pool_prompts", "data.labels", "template"),
+    "data.decontaminate",
+)
 _BASE = ("model.name", "model.revision", "data.name", "data.path", "template")
 _EVAL_MODEL = ("model.dtype", "model.max_length", "model.pad_token")
 RELEVANT = {
-    "sft": ("seed", "model", "data.name", "data.path", "data.sft", "data.sft_prompts", "template", "sft"),
+    "check": ("seed", "data", "check", "reward.max_labelled"),
+    "sft": (
+        *("seed", "model", "template", "sft"),
+        *("data.name", "data.path", "data.sft", "data.mixture", "data.filters", "data.sft_prompts"),
+        "data.decontaminate",
+    ),
     "reward": (
         *(*_SAMPLING, "reward", "labeler"),
         *("rl.temperature", "rl.max_new_tokens", "rl.rollout_batch_size"),  # how it samples: a batch shares its draws
+        "rl.draws",
         "targeting.preference_share",  # what it buys
     ),
     "rl": (*_SAMPLING, "rl", "targeting", "labeler"),
     "eval": ("seed", *_BASE, *_EVAL_MODEL, "data.test", "data.test_prompts", "evaluation"),
 }
+# What the stages learn from.
+DATA = tuple(f"data.{name}" for name in ("name", "path", "sft", "sft_prompts", "pool", "pool_prompts", "labels"))
 # One draw splits GSM8K, so that no part shares a question with another: every stage depends on all of its counts.
 ONE_DRAW = {"gsm8k": ("seed", "data.sft_prompts", "data.pool_prompts", "data.test_prompts")}
 # How much is done at a time, and how often the state is saved: free to change, after running out of memory, say.
 FREE = (
     *("sft.microbatch_size", "reward.microbatch_size", "rl.microbatch_size", "evaluation.batch_size"),
+    "model.gradient_checkpointing",
     *("sft.save_steps", "rl.save_steps", "sft.save_total_limit", "rl.save_total_limit"),
+    *("evaluation.suites", "evaluation.tasks", "evaluation.mirror", "evaluation.file"),  # each task is saved by itself
+    *("evaluation.judge.timeout", "evaluation.judge.retries", "evaluation.judge.backoff"),
+    *("evaluation.judge.concurrency", "evaluation.judge.url", "evaluation.judge.key_env"),
 )
 
 
@@ -73,6 +88,9 @@ def _shared(stage: str, running: str) -> tuple[str, ...]:
     """Return the keys in which the results of one stage must agree with the run of another (or the same)."""
     if stage == running:
         return RELEVANT[stage]
+    if "check" in (stage, running):  # it tells of the data that a stage learns from, and of nothing else in it
+        learned = RELEVANT[stage if running == "check" else running] if "eval" not in (stage, running) else ()
+        return tuple(key for key in learned if key == "seed" or key in DATA)
     if "eval" in (stage, running):
         return _BASE if running == "eval" else ()
     return RELEVANT[min(stage, running, key=list(RELEVANT).index)]

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from trlhf.config import Config
 from trlhf.console import progress
+from trlhf.crew import keep, release
 from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
 from trlhf.ledger import Ledger
 from trlhf.models import choose_device, load_tokenizer
 from trlhf.roles import load_sft
-from trlhf.rollout import Sampling, sample_responses
+from trlhf.rollout import Sampling, sample_as
 from trlhf.run import StageDirectory
-from trlhf.seeding import numpy_rng, python_rng, torch_generator
+from trlhf.seeding import derive_seed, numpy_rng, python_rng
 from trlhf.targeting import Candidate, choose_pairs, choose_verdicts
 from trlhf.types import Label, Labeler, Prompt, Question
 
@@ -78,9 +79,10 @@ def _candidates(config: Config, model_dir: Path, pool: Sequence[Prompt]) -> list
     drawn = [prompt for prompt in shuffled if prompt.task == "exact"][: verdicts + verdicts // 4]
     drawn += [prompt for prompt in shuffled if prompt.task == "open"][: pairs + pairs // 4]
     sampling = Sampling.of(config.rl, config.reward.samples_per_prompt)
-    tokenizer = load_tokenizer(model_dir)
-    role = load_sft(model_dir, config.model, choose_device(config))
-    generator = torch_generator(config.seed, "reward", "rollouts")
-    with role.acting() as model, progress("reward: sampling responses to label", len(drawn)) as advance:
-        sampled = sample_responses(model, tokenizer, drawn, sampling, generator, advance)
+    tokenizer = keep(load_tokenizer, model_dir)
+    role = keep(load_sft, model_dir, config.model, choose_device(config))
+    seed = derive_seed(config.seed, "reward", "rollouts")
+    with progress("reward: sampling responses to label", len(drawn)) as advance:
+        sampled = sample_as(role, tokenizer, drawn, sampling, seed, advance)
+    release()
     return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(drawn, sampled, strict=True)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trlhf.masks import mask_from_lengths
 from trlhf.packed_attention import ATTENTION, attention, pack, plain_attention
+from trlhf.recompute import recomputes, recomputing
 from trlhf.vocabulary import over_vocabulary, spread
 
 if TYPE_CHECKING:
@@ -116,12 +117,14 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
 def response_hidden(backbone: nn.Module, batch: SequenceBatch) -> Float[Tensor, "B R D"]:
     """Return the hidden states that predict each response token, from a model without its language-model head.
 
-    No padding goes through the layers of an architecture that `packed_attention` knows.
+    No padding goes through the layers of an architecture that `packed_attention` knows, unless activations are to be
+    recomputed: by the time of the backward pass the model has its own attention again.
     """
     model: Any = backbone
     mask = batch.attention_mask
     one_a_row = len(batch.input_ids) == len(batch.sources)
-    if (mask.dim() == 4 or one_a_row) and plain_attention(model, batch.input_ids.shape[1]):
+    packs = (mask.dim() == 4 or one_a_row) and not recomputes(model)
+    if packs and plain_attention(model, batch.input_ids.shape[1]):
         packed = pack(batch)
         with attention(model, ATTENTION):
             hidden: Tensor = model(
@@ -131,9 +134,10 @@ def response_hidden(backbone: nn.Module, batch: SequenceBatch) -> Float[Tensor, 
     if mask.dim() == 4:  # additive, as every attention implementation that takes it understands
         lowest = torch.finfo(model.dtype).min
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    hidden = model(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
+    with recomputing(model):
+        hidden = model(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
     return hidden.flatten(0, 1)[batch.sources]
 
 

@@ -16,10 +16,12 @@ def merged_state(model: PreTrainedModel, dtype: torch.dtype, adapter: str | None
     """Return every weight as a plain model has it, one adapter merged in, on the CPU; the model stays as it is.
 
     W + (α/r)·BA for adapted layers, computed in float32 and rounded once; quantised weights are dequantised first.
-    Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685.
+    Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685. Rows of new tokens that the adapter learned take their
+    places in embedding and head.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.other import TrainableTokensWrapper
 
     state: dict[str, Tensor] = {}
     inside: tuple[str, ...] = ()
@@ -29,6 +31,11 @@ def merged_state(model: PreTrainedModel, dtype: torch.dtype, adapter: str | None
                 continue
             prefix = f"{name}." if name else ""
             layer: Any = module
+            if isinstance(module, TrainableTokensWrapper):
+                inside = (*inside, prefix)
+                rows: Tensor = layer.token_adapter.get_merged_weights([adapter] if adapter is not None else [])
+                state[f"{prefix}weight"] = rows.detach().to(dtype).cpu().contiguous()
+                continue
             adapted = isinstance(module, LoraLayer)
             if adapted:
                 inside = (*inside, prefix)
@@ -45,6 +52,12 @@ def _saved_buffers(module: Any) -> Iterator[tuple[str, Tensor]]:
     for name, value in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield name, value
+
+
+def greedy(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return how a model is evaluated, said outright: pipelines sample where a generation config says nothing."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(do_sample=False, **ids)
 
 
 def save_model(
@@ -66,8 +79,7 @@ def save_model(
     config.use_cache = True
     with torch.device("meta"):
         plain: Any = type(model)(config).to(kind)  # its type is what its config.json will say
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    plain.generation_config = GenerationConfig(do_sample=False, **ids)
+    plain.generation_config = greedy(tokenizer)
     state = merged_state(model, kind, adapter)
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

@@ -28,6 +28,7 @@ class Preempted(BaseException):
 class _Watch:
     received: bool = False
     patient: bool = False  # whether a loop asks ``requested`` after every step
+    shields: int = 0  # blocks that must be left first
 
 
 _watch: _Watch | None = None
@@ -69,7 +70,23 @@ def patient() -> Iterator[None]:
         yield
     finally:
         watched.patient = False
-    if watched.received:
+    if watched.received and not watched.shields:
+        raise _stopped()
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Let a block end that others take part in: the first SIGTERM inside of it stops on leaving it, or as `patient`."""
+    watched = _watch
+    if watched is None:
+        yield
+        return
+    watched.shields += 1
+    try:
+        yield
+    finally:
+        watched.shields -= 1
+    if watched.received and not watched.patient and not watched.shields:
         raise _stopped()
 
 
@@ -81,7 +98,7 @@ def requested() -> bool:
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
     if _watch is None:
         return
-    wait = _watch.patient and not _watch.received
+    wait = (_watch.patient or _watch.shields > 0) and not _watch.received
     _watch.received = True
     if not wait:
         raise _stopped()

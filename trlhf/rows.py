@@ -8,9 +8,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from trlhf.errors import UserError
+from trlhf.hub import HubData, download, mirrored, open_split, stream
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,29 +24,69 @@ class Row:
     data: dict[str, Any]
 
 
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+def read_rows(source: str | Path, split: str = "train", mirror: str | None = None) -> list[Row]:
     """Read every row of a file (.jsonl, .json, .csv, .parquet), a local folder, or a data set on the hub.
 
     Args:
-        source: path, or hub name, with a configuration after a colon where needed (``openai/gsm8k:main``).
+        source: path, or hub name, with a configuration or a file after a colon where needed (``openai/gsm8k:main``).
         split: split to read from a folder or the hub; files have none.
+        mirror: folder with copies of hub data sets; null: the hub itself.
 
     Raises:
         UserError: nothing there, nothing in it, or something unreadable in it; names file and line.
     """
+    return list(iterate_rows(source, split, mirror))
+
+
+def iterate_rows(
+    source: str | Path,
+    split: str = "train",
+    mirror: str | None = None,
+    *,
+    streamed: bool = False,
+    seed: int | None = None,
+) -> Iterator[Row]:
+    """Yield the rows that `read_rows` returns; .jsonl, .parquet, folders and the hub are held a few rows at a time.
+
+    Args:
+        source: as for `read_rows`.
+        split: as for `read_rows`.
+        mirror: as for `read_rows`.
+        streamed: read a hub data set over the network, without a copy on the disk.
+        seed: of the order in which a streamed one comes; null: its own.
+
+    Raises:
+        UserError: as for `read_rows`.
+    """
+    text, configuration = str(source), None
+    if mirror is not None:
+        text, configuration = mirrored(text, mirror)
+    rows = _rows_of(text, configuration, split, streamed, seed)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{source}: the file is empty; at least one row is needed")
+
+
+def _rows_of(source: str, configuration: str | None, split: str, streamed: bool, seed: int | None) -> Iterator[Row]:
     path = Path(source).expanduser()
+    hub = HubData.parse(source)
+    if hub is not None and hub.file is not None and not streamed:
+        path = _with_hub(source, lambda: download(hub))
     reader = _READERS.get(path.suffix.lower())
+    if hub is not None and (streamed or hub.file is None):
+        return _hub_rows(source, hub, split, streamed, seed)
     if reader is not None and not path.is_dir():
         if not path.is_file():
             raise UserError(f"{source}: there is no such file (looked for {path.absolute()}); check the path")
-        rows = reader(path)
-    elif path.is_file():
+        return reader(path)
+    if path.is_file():
         raise UserError(f"{source}: unknown kind of file; give one of {', '.join(_READERS)}, a folder or a hub name")
-    else:
-        rows = _read_with_datasets(str(source), path, split)
-    if not rows:
-        raise UserError(f"{source}: the file is empty; at least one row is needed")
-    return rows
+    if not path.is_dir():
+        raise UserError(f"{source}: there is no such file or folder (looked for {path.absolute()}); check the path")
+    return _folder_rows(path, configuration, split)
 
 
 def spoken(place: str) -> str:
@@ -62,12 +105,22 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    return [
-        _row(path, f":{number}", f"line {number}", _load_json(path, line, number))
-        for number, line in enumerate(_read_text(path).split("\n"), start=1)
-        if line.strip()
-    ]
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with _opened(path) as file:
+        for number, raw in enumerate(file, start=1):  # in bytes: only \n ends a line
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} line {number}: not UTF-8 text; convert the file to UTF-8") from error
+            if line.strip():
+                yield _row(path, f":{number}", f"line {number}", _load_json(path, line, number))
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _load_json(path: Path, line: str, number: int) -> Any:
@@ -77,22 +130,23 @@ def _load_json(path: Path, line: str, number: int) -> Any:
         raise UserError(f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})") from error
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> Iterator[Row]:
     text = _read_text(path)
     if not text.strip():
-        return []
+        return
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, under the wrong ending
-            return _read_jsonl(path)
+            yield from _read_jsonl(path)
+            return
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from error
     if isinstance(value, dict):  # {"data": [...]}, as some tools write it
         lists = [item for item in value.values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
         raise UserError(f"{path}: a list of objects was expected, found {type(value).__name__}")
-    return [_row(path, f" item {n}", f"item {n}", item) for n, item in enumerate(value, start=1)]
+    yield from (_row(path, f" item {n}", f"item {n}", item) for n, item in enumerate(value, start=1))
 
 
 def _row(path: Path, suffix: str, spoken: str, value: Any) -> Row:
@@ -101,9 +155,8 @@ def _row(path: Path, suffix: str, spoken: str, value: Any) -> Row:
     return Row(path.name + suffix, value)
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(_read_text(path), newline=""))
-    rows: list[Row] = []
     header: list[str] = []
     try:
         for line, values in _numbered(reader, lambda: reader.line_num):
@@ -115,10 +168,9 @@ def _read_csv(path: Path) -> list[Row]:
                 raise UserError(f"{path} line {line}: {len(values)} values under {len(header)} column names")
             else:
                 cells = ((name, value if value.strip() else None) for name, value in zip(header, values, strict=True))
-                rows.append(Row(f"{path.name}:{line}", dict(cells)))
+                yield Row(f"{path.name}:{line}", dict(cells))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: not valid CSV ({error})") from error
-    return rows
 
 
 def _numbered(values: Iterable[list[str]], line_num: Callable[[], int]) -> Iterator[tuple[int, list[str]]]:
@@ -129,40 +181,56 @@ def _numbered(values: Iterable[list[str]], line_num: Callable[[], int]) -> Itera
         start = line_num() + 1
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path).to_pylist()
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(f"{path.name} row {number}", row)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-    return [Row(f"{path.name} row {number}", row) for number, row in enumerate(table, start=1)]
 
 
-def _read_with_datasets(source: str, path: Path, split: str) -> list[Row]:
-    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise UserError(f"{source}: there is no such file or folder (looked for {path.absolute()}); check the path")
+def _folder_rows(path: Path, configuration: str | None, split: str) -> Iterator[Row]:
     import datasets
 
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             saved: Any = datasets.load_from_disk(str(path))
             data: Any = saved[split] if isinstance(saved, dict) else saved
-        elif path.is_dir():
-            data = datasets.load_dataset(str(path), split=split)
         else:
-            name, _, configuration = source.partition(":")
-            data = datasets.load_dataset(name, configuration or None, split=split)
-        rows = [dict(row) for row in data]
+            data = open_split(str(path), configuration, split)
+    except Exception as error:  # datasets raises kinds of its own
+        raise UserError(f"{path}: split {split!r} of the folder cannot be read ({_first_line(error)})") from error
+    yield from _numbered_rows(path.name, split, data)
+
+
+def _hub_rows(source: str, hub: HubData, split: str, streamed: bool, seed: int | None) -> Iterator[Row]:
+    if streamed:
+        data = _with_hub(source, lambda: stream(hub, split, seed))
+    else:
+        data = _with_hub(source, lambda: open_split(hub.name, hub.configuration, split))
+    rows = _numbered_rows(Path(source).name, split, data)
+    while (row := _with_hub(source, lambda: next(rows, None))) is not None:
+        yield row
+
+
+def _numbered_rows(name: str, split: str, data: Iterable[Any]) -> Iterator[Row]:
+    return (Row(f"{name} {split} row {number}", dict(row)) for number, row in enumerate(data, start=1))
+
+
+def _with_hub(source: str, action: Callable[[], T]) -> T:
+    try:
+        return action()
     except Exception as error:  # datasets, the hub and the network each raise kinds of their own
-        if path.is_dir():
-            raise UserError(f"{source}: split {split!r} of the folder cannot be read ({_first_line(error)})") from error
         raise UserError(
-            f"{source}: there is no such path here (looked for {path.absolute()}), and it cannot be read from the "
-            f"Hugging Face hub ({_first_line(error)}); check the name and the connection, or download it and give its "
-            "path"
+            f"{source}: there is no such path here (looked for {Path(source).absolute()}), and it cannot be read from "
+            f"the Hugging Face hub ({_first_line(error)}); check the name and the connection, or download it and give "
+            "its path"
         ) from error
-    return [Row(f"{path.name} {split} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _first_line(error: BaseException) -> str:
@@ -170,7 +238,7 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -21,7 +21,9 @@ from trlhf.tracking import METRICS, Tracking
 if TYPE_CHECKING:
     from trlhf.config import Config
 
-STAGES = ("sft", "reward", "rl", "eval")
+STAGES = ("sft", "reward", "rl", "eval")  # of stage=all
+CHECK = "check"  # stage=check; goes before the others with data.decontaminate=true
+FOLDERS = (CHECK, *STAGES)
 MARKER = "done"
 BEGUN = "begun"
 CHECKPOINTS = "checkpoints"
@@ -141,12 +143,12 @@ class RunDirectory:
 
     def track(self, kind: str) -> None:
         """Let a tracker (a value of ``run.tracker``) show what the stages log."""
-        self._tracking = Tracking(kind, self.path, STAGES) if kind != "none" else None
+        self._tracking = Tracking(kind, self.path, FOLDERS) if kind != "none" else None
 
     def stage(self, name: str) -> StageDirectory:
         """Return the folder of one stage (which may not exist yet)."""
-        if name not in STAGES:
-            raise ValueError(f"stage {name!r} is none of {', '.join(STAGES)}")
+        if name not in FOLDERS:
+            raise ValueError(f"stage {name!r} is none of {', '.join(FOLDERS)}")
         return StageDirectory(self.path / name, self.path, self._tracking)
 
     @property
@@ -244,8 +246,12 @@ class RunDirectory:
 
 
 def planned(config: Config) -> tuple[str, ...]:
-    """Return the stages that a configuration runs, in order."""
-    return STAGES if config.stage == "all" else (config.stage,)
+    """Return the stages that a configuration runs, in order; none for ``stage=card``, which only tells of them."""
+    if config.stage == "card":
+        return ()
+    stages = STAGES if config.stage == "all" else (config.stage,)
+    first = config.data.decontaminate and not {"sft", "reward", "rl"}.isdisjoint(stages)
+    return (CHECK, *stages) if first else stages
 
 
 def _merge(old: dict[str, Any], news: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,16 +122,33 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, known: tuple[str, 
         kind = kinds.get(str(name))
         if kind is None:
             problems.append(Problem((key,), _unknown(key, value, known)))
-        elif dataclasses.is_dataclass(kind):
-            if isinstance(value, Mapping):
-                chosen[name] = _build(cast(type, kind), value, f"{key}.", known, problems)
-            else:
-                problems.append(
-                    Problem((key,), f"{key}={show(value)} must be a group of values; set the values in it, {key}.…=…")
-                )
-        else:
+        elif not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
             _accept(key, kind, rules[name], value, chosen, problems)
+        elif not isinstance(value, Mapping):
+            problems.append(
+                Problem((key,), f"{key}={show(value)} must be a group of values; set the values in it, {key}.…=…")
+            )
+        elif dataclasses.is_dataclass(kind):
+            chosen[name] = _build(cast(type, kind), value, f"{key}.", known, problems)
+        else:
+            chosen[name] = _named(typing.get_args(kind)[1], value, f"{key}.", known, problems)
     return cls(**chosen)
+
+
+def _named(
+    cls: type, values: Mapping[str, Any], prefix: str, known: tuple[str, ...], problems: list[Problem]
+) -> dict[str, Any]:
+    """Build the groups of a dictionary, whose names are the user's; null takes one out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            found[str(name)] = _build(cls, value, f"{key}.", (*known, *leaf_keys(cls, f"{key}.")), problems)
+        elif value is not None:
+            problems.append(
+                Problem((key,), f"{key}={show(value)} must be a group of values; set the values in it, {key}.…=…")
+            )
+    return found
 
 
 def _accept(

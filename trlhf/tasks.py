@@ -104,6 +104,7 @@ def _gsm8k(config: Config) -> Task:
         pool_prompts=data.pool_prompts,
         test_prompts=data.test_prompts,
         seed=config.seed,
+        mirror=data.mirror,
     )
     return Task(
         demonstrations=splits.demonstrations,
@@ -118,7 +119,6 @@ def _gsm8k(config: Config) -> Task:
 
 def _file(config: Config) -> Task:
     from trlhf.reward.labelled import read_labelled
-    from trlhf.sft.formats import demonstrations_from_rows
 
     data, wanted = config.data, config.stage
     demonstrations: list[Demonstration] = []
@@ -129,23 +129,44 @@ def _file(config: Config) -> Task:
     labelled: Sequence[LabelledResponse] = ()
     pairs: Sequence[LabelledPair] = ()
     reports: list[RowReport] = []
-    if data.sft and wanted in ("all", "sft"):
-        demonstrations, report = demonstrations_from_rows(read_rows(data.sft), data.sft)
-        demonstrations = _at_most(demonstrations, data.sft_prompts, config, "sft")
-        reports.append(report)
+    if (data.sft or data.mixture) and wanted in ("all", "sft"):
+        demonstrations, found = _demonstrations(config)
+        reports += found
     if data.pool and wanted in ("all", "reward", "rl"):
-        pool, pool_answers, report = prompts_from_rows(read_rows(data.pool), data.pool)
+        pool, pool_answers, report = prompts_from_rows(read_rows(data.pool, mirror=data.mirror), data.pool)
         pool = _at_most(pool, data.pool_prompts, config, "pool")
         reports.append(report)
     if data.test and wanted in ("all", "eval"):
-        test, test_answers, report = prompts_from_rows(read_rows(data.test, "test"), data.test, answers="required")
+        rows = read_rows(data.test, "test", data.mirror)
+        test, test_answers, report = prompts_from_rows(rows, data.test, answers="required")
         test = _at_most(test, data.test_prompts, config, "test")
         reports.append(report)
     if data.labels and wanted in ("all", "reward", "rl"):
-        existing = read_labelled(data.labels)
+        existing = read_labelled(data.labels, data.mirror)
         labelled, pairs = existing.responses, existing.pairs
         reports.append(existing.report)
     return Task(demonstrations, pool, test, test_answers, labelled, pairs, None, reports, (), pool_answers)
+
+
+def _demonstrations(config: Config) -> tuple[list[Demonstration], list[RowReport]]:
+    from trlhf.sft.formats import demonstrations_from_rows
+    from trlhf.sft.mixture import is_mixed, mixed_demonstrations
+
+    data = config.data
+    if not is_mixed(config):
+        rows = read_rows(str(data.sft), mirror=data.mirror)
+        found, report = demonstrations_from_rows(rows, str(data.sft), multi_turn=config.sft.multi_turn)
+        return _at_most(found, data.sft_prompts, config, "sft"), [report]
+    found, reports = mixed_demonstrations(config)
+    chosen = _at_most(found, data.sft_prompts, config, "sft")
+    if len(chosen) < len(found):
+        total = RowReport("demonstrations of all data sets", len(found), len(chosen))
+        kept = set(map(id, chosen))
+        for demonstration in found:
+            if id(demonstration) not in kept:
+                total.drop(f"more than data.sft_prompts={data.sft_prompts}; drawn at random", demonstration.source)
+        reports.append(total)
+    return chosen, reports
 
 
 def _cap_labels(task: Task, config: Config) -> Task:

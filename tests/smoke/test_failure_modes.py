@@ -7,12 +7,13 @@ from typing import Any
 
 import failure_modes
 import pytest
+from failure_cells import Site, prepare, run_site
 
 from trlhf.files import read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 ROWS = ("leaked_labels", "garbage_outliers")
-RUNS = {"clean/sft-0-0", "clean/full-256-0", "junk/full-64-0", "junk/uniform_ppo-64-0"}
+RUNS = {"clean/sft-0-0", "with_taste/full-256-0", "junk/full-64-0", "junk/uniform_ppo-64-0"}
 
 
 def start(folder: Path, *more: str) -> int:
@@ -39,9 +40,9 @@ def test_every_row_has_a_figure_a_mark_and_a_verdict(results: dict[str, Any]) ->
 
 
 def test_training_reads_answers_through_the_ledger_alone(results: dict[str, Any]) -> None:
-    calls = results["runs"]["clean/full-256-0"]["calls"]
+    calls = results["runs"]["with_taste/full-256-0"]["calls"]
     assert results["rows"]["leaked_labels"]["passed"] is True
-    assert calls["labels"] == calls["labeler"] == calls["pool_answers_read"] > 0 == calls["test_answers_read"]
+    assert calls["labels"] == calls["labeler"] > calls["pool_answers_read"] > 0 == calls["test_answers_read"]
 
 
 def test_labels_on_junk_are_counted(results: dict[str, Any]) -> None:
@@ -70,3 +71,11 @@ def test_rows_whose_runs_are_missing_are_told(folder: Path, tmp_path: Path) -> N
 def test_other_overrides_are_not_mixed_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(folder, "--", "rl.learning_rate=1e-3") == 2
     assert "was made with other overrides; give another --folder" in capsys.readouterr().err
+
+
+def test_accuracy_is_measured_at_every_checkpoint(folder: Path) -> None:
+    site = Site("all_at_once", "believed", 24, 0)
+    prepare(folder, site, failure_modes.SMALL, "test")
+    curve = run_site(folder, site, failure_modes.SMALL, "test")["curve"]
+    assert [point["step"] for point in curve] == [2] and len(curve[0]["correct"]) == 9
+    assert not list((folder / "worlds/all_at_once").rglob("state.pt")), "they are deleted afterwards"

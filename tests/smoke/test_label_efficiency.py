@@ -97,6 +97,19 @@ def test_a_summary_alone_runs_nothing(folder: Path, tmp_path: Path, no_cell_runs
     assert (again["finished"], again["wanted"]) == (10, 15) and (tmp_path / "again.svg").exists()
 
 
+def test_a_grid_goes_on_from_a_results_file(
+    folder: Path, results: dict[str, Any], tmp_path: Path, no_cell_runs: list[Cell], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = str(folder / "label_efficiency.json")
+    assert start(tmp_path, "--begin-with", kept) == 0
+    again = read_json(tmp_path / "label_efficiency.json")
+    assert no_cell_runs == [] and again["cells"] == results["cells"] and again["curves"] == results["curves"]
+    name = "cells/full-8-0.json"
+    assert read_json(tmp_path / name) == read_json(folder / name)
+    assert start(tmp_path / "other", "--begin-with", kept, "--", "rl.learning_rate=1e-3") == 2
+    assert "sft-0-0 was made with other overrides; leave --begin-with out" in capsys.readouterr().err
+
+
 def test_other_overrides_are_not_mixed_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(folder, "--", "rl.learning_rate=1e-3") == 2
     assert "was made with other overrides; give another --folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ from trlhf.types import Label, Prompt, Question
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 ROOT = Path(trlhf.__file__).parents[1]
 BUDGET = 20
-RECIPE = ["experiment=cerebrum-7b", "model=micro"]
+RECIPE = ["experiment=cerebrum-7b", "model=micro", "evaluation.suites=[]"]
 SIZES = [
     "data.sft_prompts=48",
     "data.pool_prompts=48",
@@ -360,7 +361,9 @@ def test_the_7b_recipe_runs_with_the_embedded_base(copied: Callable[[str], Path]
     ("quantization", "dtype", "finetune"),
     [("none", "float32", "lora"), ("nf4", "float32", "lora"), ("nf4", "bfloat16", "frozen")],
 )
-def test_adapters_all_the_way(tmp_path: Path, quantization: str, dtype: str, finetune: str) -> None:
+def test_adapters_all_the_way(
+    tmp_path: Path, quantization: str, dtype: str, finetune: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Four roles on one base, which is quantised or not: policy, reference, reward model and value."""
     lora = ["model.lora.enabled=true", "model.lora.r=4", "model.lora.alpha=8", f"model.quantization={quantization}"]
     lora += [f"model.dtype={dtype}", f"reward.finetune={finetune}"]
@@ -373,3 +376,45 @@ def test_adapters_all_the_way(tmp_path: Path, quantization: str, dtype: str, fin
     base = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")
     changed = {name for name, tensor in weights(tmp_path / "run").items() if not torch.equal(tensor, base[name])}
     assert changed and all(name.endswith("_proj.weight") for name in changed)  # embeddings and norms have no adapters
+    if quantization == "none":  # peft alone puts the adapter over the base as it is, not over its 4 bits
+        check_exports(tmp_path / "run", caplog)
+
+
+# ---- as people use it ----
+
+
+def answers_of(generator: Any, directory: Path) -> tuple[list[str], list[str]]:
+    """Return what a pipeline answers to the held-out prompts, and what the evaluation noted."""
+    noted = [json.loads(line) for line in (directory / "eval" / "samples_rl.jsonl").read_text().splitlines()]
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in noted]
+    found = [generator(chat, max_new_tokens=24, return_full_text=False)[0]["generated_text"] for chat in chats]
+    return [text.strip() for text in found], [row["response"] for row in noted]
+
+
+def check_exports(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that plain transformers, and peft where there is an adapter, answer as the evaluation says they do."""
+    from huggingface_hub import ModelCard
+    from peft import AutoPeftModelForCausalLM
+    from transformers import GenerationConfig, pipeline
+
+    models: dict[str, Any] = {"model": str(directory / "rl" / "model")}
+    if (adapter := directory / "rl" / "adapter").exists():
+        models["adapter"] = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="float32")
+        models["adapter"].generation_config = GenerationConfig.from_pretrained(adapter)
+    for name, model in models.items():
+        tokenizer = AutoTokenizer.from_pretrained(directory / "rl" / name)
+        caplog.clear()
+        logger = logging.getLogger("transformers")  # which a run in this process has kept to itself
+        logger.addHandler(caplog.handler)
+        found, noted = answers_of(pipeline("text-generation", model=model, tokenizer=tokenizer), directory)
+        logger.removeHandler(caplog.handler)
+        assert found == noted and len(set(noted)) > 1, name
+        assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == [], name
+        assert ModelCard.load(directory / "rl" / name / "README.md").data.eval_results, name
+
+
+def test_the_saved_model_answers_as_it_was_evaluated(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not (whole[0] / "rl" / "adapter").exists()  # every weight was trained
+    check_exports(whole[0], caplog)

@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from numpy import ndarray
 
-from trlhf.targeting.acquisition import (
-    balanced_target,
-    d_optimal_batch,
-    query_information,
-    target_factor,
-    target_matrix,
-    top_batch,
-    v_optimal_batch,
-)
+from trlhf.targeting.acquisition import d_optimal_batch, query_information, top_batch, v_optimal_batch
+from trlhf.targeting.targets import balanced_target, target_factor, target_matrix
 
 SEEDS = range(5)
 

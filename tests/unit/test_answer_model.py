@@ -9,20 +9,19 @@ import pytest
 from numpy import ndarray
 from scipy.optimize import approx_fprime
 
-from trlhf.targeting import answers as answers_module
+from trlhf.targeting import answer_fit
 from trlhf.targeting.acquisition import query_information
-from trlhf.targeting.answers import (
+from trlhf.targeting.answer_fit import (
     DEFAULT_SPREAD,
     NONE_SD,
     SHARE_SD,
     SHARE_SLOPE,
-    Answers,
-    Whitening,
     fit_answers,
-    label_likelihood,
     left_out_log_likelihood,
 )
+from trlhf.targeting.answers import AnswerModel, Answers, label_likelihood
 from trlhf.targeting.noise import RATES, flip_rate_from
+from trlhf.targeting.whitening import Whitening
 
 
 def unlabelled(seed: int, prompts: int = 12, size: int = 5) -> Answers:
@@ -64,7 +63,7 @@ def _maximise_from(answers: Answers, spread: float, start: ndarray) -> ndarray:
     mean = np.array([0, SHARE_SLOPE, *np.zeros(size)])
     labelled = np.isin(answers.groups(), list(VERDICTS))
     groups = np.unique(answers.groups()[labelled], return_inverse=True)[1]
-    return answers_module._maximise(
+    return answer_fit._maximise(
         answers.design()[labelled], groups, answers.likelihoods()[labelled], mean, 1 / sd**2, 0.1 * start
     )
 
@@ -150,7 +149,7 @@ def test_the_posterior_covariance_is_that_of_a_verdict_a_prompt(flip_rate: float
 
 def test_draws_have_the_posterior_s_mean_and_covariance() -> None:
     answers = Answers(np.eye(2), np.full(2, 1e-9), np.arange(2), np.ones(2), np.ones(2))  # one answer a prompt
-    model = answers_module.AnswerModel(
+    model = AnswerModel(
         np.array([0.0, 0.0, 1.0, -1.0]),
         np.diag([0, 0, 1.0, 1.0]) + 0.8 * (np.eye(4)[[0, 1, 3, 2]] * [0, 0, 1, 1]),
         3.0,

@@ -16,7 +16,9 @@ PACKAGE = Path(trlhf.__file__).parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pandas", "pyarrow", "scipy", "sqlalchemy")
 NO_TORCH = (
     *("config", "schema", "checks", "types", "errors", "files", "fingerprint", "run", "admission", "compose"),
-    *("preemption", "closing"),
+    *("preemption", "closing", "hardware", "hardware_checks", "attention", "checks_mixture", "data_report"),
+    *("contamination.grams", "contamination.near", "contamination.ngrams", "contamination.compare"),
+    *(f"evaluation.{name}" for name in ("suites", "checks", "protocol", "published", "report")),
 )
 STAGES = ("sft", "reward", "rl")
 MATHS = ("losses", "masks", "advantages")
@@ -99,7 +101,9 @@ def test_losses_are_maths_only() -> None:
 def test_what_is_below_does_not_import_what_is_above() -> None:
     above = ("trlhf.pipeline", *(f"trlhf.{stage}" for stage in STAGES))
     for name, tree in MODULES.items():
-        if inside(name, *(f"trlhf.{low}" for low in ("models", "rollout", "logprobs", "labelers", "ledger", *MATHS))):
+        if inside(
+            name, *(f"trlhf.{low}" for low in ("models", "rollout", "export", "logprobs", "labelers", "ledger", *MATHS))
+        ):
             assert [found for found in imports(tree) if inside(found, *above)] == [], name
 
 

@@ -143,6 +143,40 @@ def test_a_file_that_cannot_be_used(
     assert stages_done(tmp_path / "run") == []
 
 
+def test_a_data_set_of_a_mixture_without_the_needed_columns(
+    given: Callable[..., list[str]], refused: Refused, tmp_path: Path
+) -> None:
+    """One good data set does not hide that another is of no use."""
+    (tmp_path / "good.jsonl").write_text(json.dumps(CHAT) + "\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt_text": "2 plus 3?", "reply": "5"}\n' * 3)
+    mixture = [f"data.mixture.{name}.path={tmp_path / name}.jsonl" for name in ("good", "bad")]
+    told = refused([text for text in given("sft", *mixture) if not text.startswith("data.sft=")])
+    assert told.startswith(
+        "bad.jsonl line 1: missing 'messages' (or another known shape); found 'prompt_text', 'reply'."
+    )
+    assert "None of the 3 rows of" in told and "give each row 'messages'" in told
+    assert stages_done(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{% for message in messages %}{{ message['content'] }}", "Unexpected end of template"),
+        ("{{ messages[7]['content'] }}", "has no element 7"),
+        ("{{ raise_exception('no chat is good enough') }}", "no chat is good enough"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered(
+    given: Callable[..., list[str]], refused: Refused, tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "own.jinja").write_text(text)
+    overrides = [text for text in given("sft") if not text.startswith("template.")]
+    told = refused([*overrides, f"template={tmp_path / 'own.jinja'}"])
+    assert told.startswith(f"template.name='{tmp_path}/own.jinja': the template cannot be rendered (")
+    assert reason in told and told.endswith("; mend it")
+    assert stages_done(tmp_path / "run") == []
+
+
 def test_a_pool_without_answers_cannot_be_judged(
     given: Callable[..., list[str]], refused: Refused, prepared: Path
 ) -> None:

@@ -18,10 +18,13 @@ from trlhf.config import Config, build_config, plain
 from trlhf.errors import ConfigError, UserError
 
 CONF = Path(trlhf.__file__).parent / "conf"
-STAGES = ["all", "sft", "reward", "rl", "eval"]
+STAGES = ["all", "check", "sft", "reward", "rl", "eval", "card"]
 NEEDS = {
     "data=gsm8k": ["data.path=openai/gsm8k"],
     "data=file": ["data.sft=me/chats", "data.pool=me/prompts", "data.test=me/test"],
+    "fit=gpu-24gb_mistral-7b": ["model=mistral-7b"],
+    "evaluation=file": ["evaluation.file=me/test"],
+    "evaluation=mt-bench": ["evaluation.judge.url=http://localhost:8000/v1", "evaluation.judge.model=judge"],
 }
 CHOICES = sorted(
     f"{folder.name}={path.stem}"
@@ -89,11 +92,12 @@ def test_every_choice_composes_in_every_stage(choice: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_composes(stage: str) -> None:
-    assert one(f"stage={stage}") == build_config({"stage": stage})  # conf/ adds nothing to the defaults of config.py
+    values = {"stage": stage, "hardware": {"name": "cpu", "device": "cpu"}}
+    assert one(f"stage={stage}", "hardware=cpu") == build_config(values)  # conf/ adds nothing else to config.py
 
 
 def test_the_choices_are_all_there() -> None:
-    assert len(CHOICES) >= 19
+    assert len(CHOICES) >= 30
 
 
 @pytest.mark.parametrize("experiment", [choice for choice in CHOICES if choice.startswith("experiment=")])
@@ -101,9 +105,12 @@ def test_the_choices_are_all_there() -> None:
 def test_every_experiment_takes_the_micro_model(experiment: str, algorithm: str) -> None:
     big, small = one(experiment, f"rl={algorithm}"), one(experiment, "model=micro", f"rl={algorithm}")
     default = one(f"rl={algorithm}")
-    assert big.model.name == "mistralai/Mistral-7B-v0.1" and big.model.lora.enabled
+    assert big.model.name == "mistralai/Mistral-7B-v0.1" and big.model != default.model
     assert small.model == default.model and small.rl == default.rl  # nothing of the big model's size is left
-    assert small.targeting.budget == big.targeting.budget != default.targeting.budget  # the recipe itself stays
+    sizes = {"learning_rate": default.sft.learning_rate, "batch_size": 16, "microbatch_size": 16}
+    assert sizes.items() <= vars(small.sft).items()
+    assert small.targeting == big.targeting and small.data == big.data  # the recipe itself stays
+    assert small.template == big.template and small.sft.multi_turn == big.sft.multi_turn
     assert small.rl.algorithm == algorithm and small.experiment == big.experiment
 
 
@@ -111,6 +118,8 @@ def test_experiment_with_real_data() -> None:
     config = one("experiment=cerebrum-7b", "data=gsm8k", "data.path=openai/gsm8k")
     assert (config.data.name, config.labeler.name, config.targeting.preference_share) == ("gsm8k", "exact", 0.0)
     assert (config.model.dtype, config.model.pad_token, config.reward.finetune) == ("bfloat16", "<unk>", "lora")
+    assert config.targeting.budget == one("experiment=cerebrum-7b", "model=micro").targeting.budget == 500
+    assert config.model.lora.enabled and one().targeting.budget == 250
 
 
 @pytest.mark.parametrize("targeting", ["frontier", "uniform"])
@@ -157,7 +166,7 @@ def test_a_plus_before_a_known_key_does_no_harm() -> None:
 def test_all_kinds_of_mistakes_in_one_message() -> None:
     found = problems("model=mini", "rl=dop", "foo=1", "seed=1,2", "x==", "targeting.budget=0", "~rl.zzz", "hydra.zzz=1")
     assert found == (
-        "model=mini must be one of micro, mistral-7b; choose one, "
+        "model=mini must be one of micro, mistral-7b, mistral-7b-full, mistral-7b-qlora; choose one, "
         "or give a name or path of your own as model.name=mini",
         "rl=dop must be one of dpo, ppo; did you mean dpo?",
         "seed=1,2: several values make several runs; add --multirun, or quote the value",
@@ -167,8 +176,34 @@ def test_all_kinds_of_mistakes_in_one_message() -> None:
         "targeting.budget=0 must be at least 1: without labels nothing can be learned; "
         "give the number of labels you can pay for",
         "foo=1: there is no such key (a leading + does not make one); "
-        "the top level has stage, seed, dry_run, experiment",
+        "the top level has stage, seed, dry_run, experiment, push",
     )
+
+
+def test_a_template_of_ones_own_is_chosen_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("x")
+    assert one(f"template={path}").template.name == one(f"template.name={path}").template.name == str(path)
+    (found,) = problems("template=no.jinja")
+    assert found.startswith("template.name=no.jinja is neither cerebrum, chatml, ")
+    (found,) = problems("template=chatlm")
+    assert found == "template=chatlm must be one of cerebrum, chatml, tokenizer, user-assistant; did you mean chatml?"
+
+
+def test_chatml_brings_its_tokens() -> None:
+    template = one("template=chatml").template
+    assert (template.added_tokens, template.eos_token) == (["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    assert one("template=cerebrum").template.added_tokens == []
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
+    (found,) = problems("experiment=jackelope")
+    assert found.startswith("experiment=jackelope must be one of capybara, ") and found.endswith(
+        "did you mean jackalope?"
+    )
+    (found,) = problems("experiment=jackalope", "data.mixture.slimorka.weight=2")
+    assert found.startswith("data.mixture.slimorka.path is missing; ")
+    assert found.endswith("or did you mean data.mixture.slimorca?")
 
 
 def test_group_choices_that_are_no_names() -> None:
@@ -264,7 +299,8 @@ def test_help_is_what_hydra_would_print(command: Command) -> None:
 
 def test_help_version_and_cfg(ran: Ran, command: Command) -> None:
     status, out, _ = command("--help")
-    assert status == 0 and "experiment: cerebrum-7b" in out and "python -m trlhf rl=dpo" in out and "run.dir" in out
+    assert status == 0 and "experiment: capybara, cerebrum-7b, " in out
+    assert "python -m trlhf rl=dpo" in out and "run.dir" in out
     assert "$" not in out
     assert command("--version") == (0, f"trlhf {trlhf.__version__}\n", "")
     status, out, _ = command("--cfg", "job", "rl.beta=0.25")

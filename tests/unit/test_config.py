@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from trlhf.checks import HUB_DATA, HUB_NAME
 from trlhf.config import Config, build_config, check, plain
 from trlhf.errors import ConfigError
+from trlhf.hub import DATA as HUB_DATA
+from trlhf.hub import NAME as HUB_NAME
 from trlhf.schema import leaf_keys
 
 
@@ -48,9 +49,9 @@ def test_all_problems_come_in_one_error() -> None:
         "rl.gamma=2 must be greater than 0 and at most 1; give a value in that range",
         "targeting.budget=0 must be at least 1: without labels nothing can be learned; "
         "give the number of labels you can pay for",
-        "stage=sfft must be one of all, sft, reward, rl, eval; did you mean sft?",
+        "stage=sfft must be one of all, check, sft, reward, rl, eval, card; did you mean sft?",
         "bar=1: there is no such key (a leading + does not make one); "
-        "the top level has stage, seed, dry_run, experiment",
+        "the top level has stage, seed, dry_run, experiment, push",
     )
 
 
@@ -169,7 +170,20 @@ def test_one_wrong_value(values: dict[str, Any], message: str) -> None:
             {"rl": {"max_new_tokens": 1024}},
             "rl.max_new_tokens=1024 must be smaller than model.max_length=1024, which holds the prompt too; try 512",
         ),
-        ({"template": {"name": "no.jinja"}}, "template.name=no.jinja is neither cerebrum, chatml, tokenizer, nor a"),
+        (
+            {"template": {"name": "no.jinja"}},
+            "template.name=no.jinja is neither cerebrum, chatml, user-assistant, tokenizer, nor a .jinja file that "
+            "exists; give one",
+        ),
+        ({"template": {"name": "chatlm"}}, "template.name=chatlm is neither cerebrum, chatml, user-assistant, "),
+        (
+            {
+                "model": {"quantization": "nf4", "lora": {"enabled": True}},
+                "reward": {"finetune": "lora"},
+                "template": {"added_tokens": ["<x>"]},
+            },
+            "template.added_tokens=[<x>] are rows that must be learned and kept, but model.quantization=nf4 loads the ",
+        ),
         (
             {"model": {"lora": {"enabled": True}}, "reward": {"finetune": "full"}},
             "reward.finetune=full would train a second whole copy of the base, but model.lora.enabled=true keeps one ",

@@ -132,3 +132,11 @@ def test_the_closing_table_leaves_out_what_was_not_measured(capsys: pytest.Captu
     print_closing_table(nothing, 0.95)
     shown = capsys.readouterr().out
     assert "│ accuracy │    – │" in shown and "interval" not in shown and "plans" not in shown and "time" not in shown
+
+
+def test_a_table_stands_in_the_log_file_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup_logging(tmp_path)
+    console.print_table("accuracy", ["stage", "value"], [["sft", "55.7%"], ["rl", "83.7%"]], "greedy")
+    written = (tmp_path / "trlhf.log").read_text(encoding="utf-8")
+    assert [word for word in ("accuracy", "55.7%", "83.7%", "greedy") if word not in written] == []
+    assert "\x1b" not in written and capsys.readouterr().out.count("83.7%") == 1

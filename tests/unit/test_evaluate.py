@@ -143,7 +143,7 @@ def test_prompts_are_answered_greedily_once(monkeypatch: pytest.MonkeyPatch) -> 
         given = {"m1": "1000", "m2": None, "s1": "0.5", "f1": "green"}
         return [[Rollout(p.id, "text", answer=given.get(p.id))] for p in prompts]
 
-    monkeypatch.setattr(module, "sample_responses", sample)
+    monkeypatch.setattr(module, "sample_as", sample)
     done: list[int] = []
     gold = {name: answer for name, answer in answers.items() if answer is not None}
     config = EvaluationConfig(batch_size=4, max_new_tokens=9)

@@ -160,21 +160,21 @@ def test_dpo_may_not_displace_what_it_chose() -> None:
     def steps(*ratios: float) -> Record:
         return record(steps=[{"round": n // 2, "chosen_log_ratio": x} for n, x in enumerate(ratios)])
 
-    assert passed("displacement", full_dpo=steps(0.1, 0.2, -0.1, 0.3))
-    assert not passed("displacement", full_dpo=steps(0.1, 0.2, -0.3, 0.1))
+    assert passed("displacement", dpo=steps(0.1, 0.2, -0.1, 0.3))
+    assert not passed("displacement", dpo=steps(0.1, 0.2, -0.3, 0.1))
 
 
 def test_no_kind_of_plain_prompt_may_fall_by_more_than_a_standard_error() -> None:
     start = record([0.5, 1, 1, 0.5, 0.5])
-    assert passed("forgetting", sft=start, full=start, full_dpo=start)
+    assert passed("forgetting", sft=start, full=start, dpo=start)
     for forgot in ([0.5, 0.7, 1, 0.5, 0.5], [0.5, 1, 1, 0.5, 0.4]):
-        assert not passed("forgetting", sft=start, full=record(forgot), full_dpo=start)
-        assert not passed("forgetting", sft=start, full=start, full_dpo=record(forgot))
+        assert not passed("forgetting", sft=start, full=record(forgot), dpo=start)
+        assert not passed("forgetting", sft=start, full=start, dpo=record(forgot))
 
 
 def test_plans_belong_to_reasoning_alone() -> None:
     assert passed("mode_collapse")
-    assert not passed("mode_collapse", full_dpo=record(plans={"reasoning": 0.94, "other": 0.0}))
+    assert not passed("mode_collapse", dpo=record(plans={"reasoning": 0.94, "other": 0.0}))
     assert not passed("mode_collapse", full=record(plans={"reasoning": 1.0, "other": 0.06}))
 
 
@@ -198,9 +198,9 @@ def test_leaks_are_looked_for_in_the_runs_of_all_rows() -> None:
 
 
 def test_a_row_without_its_runs_is_neither_passed_nor_failed() -> None:
-    row, site = ROWS["mode_collapse"], Site("clean", "full", MANY, 0)
+    row, site = ROWS["mode_collapse"], Site("with_taste", "full", MANY, 0)
     entry = judge(row, [site], {})
-    assert entry["passed"] is None and entry["missing"] == ["clean/full-256-0"]
+    assert entry["passed"] is None and entry["missing"] == ["with_taste/full-256-0"]
     assert "| not run |" in table({"mode_collapse": entry})
     failed = judge(row, [site], {site: record(plans={"reasoning": 0.5, "other": 0.0})})
     assert (

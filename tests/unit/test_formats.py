@@ -38,6 +38,17 @@ def _rows(*data: dict[str, Any]) -> list[Row]:
         {"instruction": "Q", "output": "A", "input": None},
         {"question": "Q", "answer": "A"},
         {"question": "Q", "answer": "A", "messages": None},
+        {"question": "Q", "response": "A", "id": "flan.1", "system_prompt": ""},  # Open-Orca/OpenOrca
+        {"query": "Q", "response": "A", "type": "MATH_AnsAug", "original_question": "q"},  # meta-math/MetaMathQA
+        {"conversation": [{"input": "Q", "output": "A"}], "source": "Dove"},  # LDJnr/Capybara and its like
+        {"conversations": [{"from": "user", "text": "Q"}, {"from": "bot", "text": "A"}]},
+        {"conversations": [{"from": "Human", "value": "Q"}, {"from": "ChatGPT", "value": "A"}], "title": "T"},
+        {"conversations": [{"human": "Q", "gpt": "A"}]},
+        {"conversations": [{"user": "Q", "assistant": "A"}]},
+        {"items": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": "x"},
+        {"dialog": [{"speaker": "user", "message": "Q"}, {"speaker": "model", "message": "A"}]},
+        {"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}},  # a sequence of objects in parquet
+        {"turns": [1, 2], "question": "Q", "answer": "A"},
     ],
 )
 def test_every_shape_says_the_same(row: dict[str, Any]) -> None:
@@ -76,6 +87,66 @@ def test_each_assistant_turn_is_learned_from() -> None:
     assert report.kept == 1
 
 
+def test_slim_orca_brings_its_system_line_and_its_weights() -> None:
+    """https://huggingface.co/datasets/Open-Orca/SlimOrca."""
+    turns = [
+        {"from": "system", "value": "S", "weight": None},
+        {"from": "human", "value": "Q", "weight": 0.0},
+        {"from": "gpt", "value": "A", "weight": 1.0},
+    ]
+    rows = _rows({"conversations": turns}, {"system_prompt": "S", "question": "Q", "response": "A"})
+    demonstrations, _ = demonstrations_from_rows(rows, "sft.jsonl")
+    assert [demonstration.messages for demonstration in demonstrations] == [(SYSTEM, USER, ASSISTANT)] * 2
+
+
+def test_a_role_play_becomes_a_chat() -> None:
+    """https://huggingface.co/datasets/PygmalionAI/PIPPA: the bot greets first, a side may speak twice."""
+    said = [
+        (False, "Ahoy, {{user}}!"),
+        (True, "Hi."),
+        (True, "Who are you?"),
+        (False, "I am {{char}}."),
+        (False, "Aye."),
+    ]
+    row = {
+        "bot_name": "Ann",
+        "bot_description": "{{char}} is a pirate.",
+        "bot_greeting": "Ahoy, {{user}}!",
+        "categories": ["Pirates"],
+        "conversation": [{"is_human": human, "message": message} for human, message in said],
+    }
+    zipped = {**row, "conversation": {"is_human": [h for h, _ in said], "message": [m for _, m in said]}}
+    demonstrations, _ = demonstrations_from_rows(_rows(row, zipped), "pippa.jsonl")
+    assert [demonstration.messages for demonstration in demonstrations] == [
+        (
+            {"role": "system", "content": "Ann's persona: Ann is a pirate.\nAnn: Ahoy, User!"},
+            {"role": "user", "content": "Hi.\nWho are you?"},
+            {"role": "assistant", "content": "I am Ann.\nAye."},
+        )
+    ] * 2
+
+
+@pytest.mark.parametrize("thoughts", [{}, {"rationale": "Wax melts and gives light."}])
+def test_a_riddle_becomes_a_chat(thoughts: dict[str, str]) -> None:
+    """https://huggingface.co/datasets/INK-USC/riddle_sense; the published rows have no thoughts."""
+    choices = {"label": ["A", "B"], "text": ["candle", "hat"]}
+    row = {"question": "What shrinks as it works?", "choices": choices, "answerKey": "A", **thoughts}
+    listed = {**row, "choices": [{"label": "A", "text": "candle"}, {"label": "B", "text": "hat"}]}
+    demonstrations, report = demonstrations_from_rows(_rows(row, listed, {**row, "answerKey": ""}), "riddles.jsonl")
+    answer = " ".join([*thoughts.values(), "The answer is (A) candle."])
+    assert [[message["content"] for message in demonstration.messages] for demonstration in demonstrations] == [
+        ["What shrinks as it works?\n(A) candle\n(B) hat", answer]
+    ] * 2
+    assert report.kept == 2, "a riddle without its answer teaches nothing"
+
+
+def test_a_whole_chat_is_one_demonstration() -> None:
+    chat = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}, USER]
+    demonstrations, report = demonstrations_from_rows(_rows({"messages": chat}), "sft.jsonl", multi_turn="whole")
+    assert [demonstration.messages for demonstration in demonstrations] == [tuple(chat[:5])]
+    assert demonstrations[0].source == "sft.jsonl:1" and report.kept == 1
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -85,6 +156,11 @@ def test_each_assistant_turn_is_learned_from() -> None:
         ({"messages": "Q"}, "'messages' is text, not a list of messages"),
         ({"messages": ["Q"]}, r"messages\[0\] is text, not an object with role and content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role 'tool'"),
+        ({"conversations": [{"value": "x"}]}, r"conversations\[0\] has the role None"),
+        ({"conversations": [{"human": "Q", "gpt": ""}]}, r"conversations\[0\] is empty"),
+        ({"conversation": [{"is_human": True, "message": "Q"}, {"is_human": False, "message": ""}]}, "is empty"),
+        ({"conversation": [{"is_human": True, "message": "Q"}, "A"]}, "'conversation' holds something that is no obj"),
+        ({"question": "Q", "choices": ["a"], "answerKey": "A"}, "'choices' is a list, not a list of objects"),
         ({"messages": [USER, {"role": "assistant", "content": [1]}]}, r"messages\[1\] is a list, not text"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"messages\[1\] is empty"),
         ({"messages": [ASSISTANT]}, "turn 1 is by the assistant where the user's was expected"),

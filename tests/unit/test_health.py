@@ -231,7 +231,7 @@ def test_nothing_of_the_stage_touches_held_out_prompts(tmp_path: Path, monkeypat
         sampled.extend(p.id for p in prompts)
         return [[Rollout(p.id, "", (1,), (0.0,), True, "5")] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.candidates.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.candidates.sample_as", sample)
     ledger = SimpleNamespace(labels=lambda: [*LABELS, verdict("plain0")])
     inputs = RlInputs(
         pool, tmp_path, *cast("Any", (None, ledger, None, Archive(pool), lambda *_: None)), frozenset(held)
@@ -336,7 +336,7 @@ def train(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             answers = ["5"] * right[number - 1] + ["6"] * (8 - right[number - 1])
             return [[Rollout(p.id, "", (1,), (0.0,), True, answer) for answer in answers] for p in prompts]
 
-        monkeypatch.setattr("trlhf.rl.monitor.sample_responses", sample)
+        monkeypatch.setattr("trlhf.rl.monitor.sample_as", sample)
         policy = Role(load_causal_lm(tiny_model_dir, ModelConfig()))
         learner = Scripted(policy, script, dies_at)
         monkeypatch.setattr("trlhf.rl.train._learner", lambda *_: learner)

@@ -134,7 +134,7 @@ def right_below(monkeypatch: pytest.MonkeyPatch, trial: Trial, most: float) -> N
         answer = "5" if gone <= most + 1e-3 else "6"
         return [[Rollout(p.id, "", (1,), (0.0,), True, answer)] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.interpolate.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.interpolate.sample_as", sample)
 
 
 def test_the_stage_goes_back_as_far_as_held_out_prompts_ask(
@@ -164,8 +164,10 @@ def test_too_few_prompts_are_said_and_nothing_is_done(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("trlhf"), "propagate", True)
     right_below(monkeypatch, trial, 0.5)
-    assert interpolate(ready(tmp_path, trial, 7)) is None
-    assert "rl.interpolate: skipped, since fewer than 8 held-out prompts were verified" in caplog.text
+    trainer = ready(tmp_path, trial, 7)
+    assert len(trainer.pool) == 7, "they are trained on: nothing else needs them"
+    assert "rl.interpolate: the stage will end without it, since 7 held-out prompts were verified" in caplog.text
+    assert interpolate(trainer) is None
     assert interpolate(ready(tmp_path, trial, 10, interpolate=False)) is None
 
 

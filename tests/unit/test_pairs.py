@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from trlhf.config import build_config
+from trlhf.errors import UserError
 from trlhf.labelling import Archive
 from trlhf.ledger import Ledger, question_key
 from trlhf.rl import ask_pairs, buy
@@ -16,10 +17,10 @@ from trlhf.rl.anchors import Anchor, release
 from trlhf.rl.ask_pairs import REPEATED, turned, worth_learning
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.liking import LikingJudge, open_weights
-from trlhf.rl.round import RlInputs, Round
+from trlhf.rl.round import RlInputs, Round, decisions_file
 from trlhf.run import RunDirectory
 from trlhf.targeting import Candidate
-from trlhf.targeting.pairs import Options, all_pairs, disagreement, pick_pairs
+from trlhf.targeting.pairs import Options, all_pairs, choose_pairs, disagreement, pick_pairs
 from trlhf.targeting.preferences import Compared, fit_preferences
 from trlhf.targeting.swaps import Noise
 from trlhf.types import Label, Prompt, Question, Rollout
@@ -105,15 +106,49 @@ def test_a_repeat_asks_the_same_two_in_the_other_order_once() -> None:
     assert question_key(repeat) != question_key(Question("preference", POOL[1], ("x", "y")))
 
 
-def test_what_is_learned_is_released_and_what_is_not_stays_held() -> None:
+def of_kind(name: str, kind: str) -> Prompt:
+    return Prompt(name, [{"role": "user", "content": name}], task="open", kind=kind)
+
+
+def test_a_kind_is_learned_or_held_whole() -> None:
     liking = {"good": (0.8, 0.5), "dull": (0.1, 0.1), "junk": (0.1, 0.5), "unknown": (0.9, 0.0)}
-    kinds = {"good": "line", "dull": "line", "junk": "list", "unknown": "list"}
-    learned = worth_learning(liking, kinds)
-    assert learned == {"good", "dull"}, "prompts of one kind are held still or released together"
-    assert worth_learning({"junk": (0.0, 0.0)}, kinds) == set() and worth_learning({}, kinds) == set()
-    assert worth_learning({"junk": (0.3, 0.3)}, kinds) == {"junk"}
+    prompts = [of_kind("good", "line"), of_kind("dull", "line"), of_kind("junk", "list"), of_kind("unknown", "list")]
+    assert worth_learning(liking, [*prompts, of_kind("never seen", "line")]) == {"line"}
+    assert worth_learning({"junk": (0.0, 0.0)}, prompts) == set() and worth_learning({}, prompts) == set()
+    assert worth_learning({"junk": (0.3, 0.3)}, prompts) == {"list"}
     anchors = [Anchor(name, (1,), (2,), None) for name in liking]
-    assert release(anchors, learned) == anchors[2:]
+    assert release(anchors, {"good", "dull"}) == anchors[2:]
+
+
+@pytest.mark.parametrize("acquisition", [*MODELLED, "apl"])
+def test_what_was_compared_is_not_asked_for_again(acquisition: str) -> None:
+    given = options(4, 3)
+    bought = {frozenset(pair) for pair in zip(*(x.tolist() for x in all_pairs(given)), strict=True)}
+    left = [frozenset({0, 2}), frozenset({4, 5})]
+    given = given._replace(asked=frozenset(bought.difference(left)))
+    picks = pick_pairs(given, model(), acquisition, 4, RNG(0), np.ones(4), np.arange(12.0))
+    assert {frozenset({pick.first, pick.second}) for pick in picks} == set(left), "two prompts have a pair left"
+    assert pick_pairs(given._replace(asked=frozenset(bought)), model(), acquisition, 4, RNG(0), np.ones(4)) == []
+
+
+def test_random_pairs_are_new_and_as_many_as_wanted() -> None:
+    asked = {(candidate.prompt.id, frozenset(r.text for r in candidate.rollouts[:2])) for candidate in sampled(0)}
+    for candidates in ([c for c in sampled(0)], [Candidate(c.prompt, c.rollouts[:3]) for c in sampled(0)]):
+        chosen = choose_pairs(candidates, 9, RNG(1), 1, asked)
+        assert len(chosen) == 9 and not {(q.prompt.id, frozenset(q.responses)) for q in chosen} & asked
+    exhausted = [Candidate(c.prompt, c.rollouts[:2]) for c in sampled(0)]
+    exhausted[3] = sampled(0)[3]
+    assert [q.prompt.id for q in choose_pairs(exhausted, 4, RNG(1), 1, asked)] == [exhausted[3].prompt.id]
+
+
+def test_apl_cuts_prompts_by_entropy_and_widens_for_many_labels() -> None:
+    given = Options(np.zeros((9, 5)), np.repeat([0, 1, 2, 3], [3, 2, 2, 2]), np.ones(9, int), ["line"] * 4)
+    rewards, entropy = np.arange(9.0) ** 2, np.array([0.1, 0.4, 0.3, 0.2])
+    asked = [
+        [int(given.prompts[p.first]) for p in pick_pairs(given, model(), "apl", n, RNG(0), entropy, rewards)]
+        for n in (1, 2, 3)
+    ]
+    assert asked == [[2], [2, 1], [3, 2, 1]]
 
 
 def test_open_prompts_are_drawn_where_much_can_be_told_and_none_is_out_of_reach() -> None:
@@ -184,6 +219,13 @@ def test_a_round_asks_chosen_pairs_and_repeats_in_the_other_order(
             and "16 comparisons, 2 of them" in decided["preferences_say"]
         )
         assert decided["open_prompts_learned"] == len(POOL) - len(trainer.state.anchors) > 0
+        assert decided["open_kinds_learned"] == [POOL[0].kind]
+        trainer.prepare()
+        assert trainer.open == POOL
+        trainer.stage.write_json(decisions_file(2), decided | {"open_kinds_learned": ["another"]})
+        with pytest.raises(UserError, match="no open prompt is of a kind that they tell apart"):
+            trainer.prepare()
+        trainer.stage.write_json(decisions_file(2), decided)
         again = a_round(tmp_path, ledger, person, monkeypatch)  # as after a kill: nothing is asked twice
         again.state.anchors = [Anchor(p.id, (1,), (2,), None) for p in POOL]
         buy.buy_labels(again)

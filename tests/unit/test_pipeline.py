@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -152,6 +153,33 @@ def test_one_model_at_a_time_is_evaluated(
     monkeypatch.setattr(models, "load_causal_lm", noted)
     complete(tmp_path / "run", "sft", tiny_model_dir)
     assert list(evaluate()["plans_by_kind"]) == ["base", "sft"] and len(loaded) == 2
+
+
+def test_the_model_that_was_sampled_from_is_gone_when_the_reward_model_loads_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cycles would keep it, as those of adapters do: two whole models would not fit on one card."""
+    from trlhf import roles
+
+    load, loaded = roles.load_causal_lm, list[weakref.ref[Any]]()
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        assert all(model() is None for model in loaded), "two models would lie in memory together"
+        model = load(*arguments, **named)
+        model.__dict__["itself"] = [model]
+        loaded.append(weakref.ref(model))
+        return model
+
+    sizes = ["data.sft_prompts=8", "sft.epochs=1", "data.pool_prompts=40", "reward.labels=4", "rl.max_new_tokens=8"]
+    sizes += ["reward.samples_per_prompt=2", "hardware.device=cpu", "hardware.threads=1", f"run.dir={tmp_path / 'run'}"]
+    trlhf.run(["stage=sft", *sizes])
+    monkeypatch.setattr(roles, "load_causal_lm", noted)
+    gc.disable()  # it might have come by itself
+    try:
+        trlhf.run(["stage=reward", *sizes])
+    finally:
+        gc.enable()
+    assert len(loaded) == 2
 
 
 # ---- time ----
@@ -382,7 +410,7 @@ def test_every_plain_prompt_of_the_pool_becomes_an_anchor_once(tmp_path: Path, m
         drawn.extend(prompt.id for prompt in prompts)
         return [[Rollout(prompt.id, "Red.", token_ids=(7,), answer="Red")] for prompt in prompts]
 
-    monkeypatch.setattr("trlhf.rl.candidates.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.candidates.sample_as", sample)
     monkeypatch.setattr("trlhf.rl.buy.encode_prompt", lambda *_: [1])
     with Ledger(tmp_path / "ledger.sqlite", 4) as ledger:
         gold = GOLD | {prompt.id: "red" for prompt in plain}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,11 @@ import trlhf
 from trlhf import plan
 from trlhf.compose import compose
 from trlhf.config import Config, LoraConfig, ModelConfig
+from trlhf.estimate.lengths import longest_possible
+from trlhf.estimate.remedies import needed
+from trlhf.estimate.shape import MISTRAL_7B, Shape, shape_of
+from trlhf.hardware import GIB
 from trlhf.models import load_causal_lm, model_path
-from trlhf.plan import GIB, MISTRAL_7B, Shape, memory_estimate, shape_of
 from trlhf.roles import SharedBase
 
 
@@ -61,33 +63,6 @@ def test_the_shape_of_a_hub_model_that_nobody_knows_is_not_guessed(tmp_path: Pat
     assert shape_of(ModelConfig(name=str(tmp_path))) is None
 
 
-def test_memory_grows_with_what_takes_it() -> None:
-    config = one("experiment=cerebrum-7b")
-    estimate = memory_estimate(config, MISTRAL_7B)
-    assert list(estimate) == ["sft", "reward", "rl", "eval"]
-    weights = MISTRAL_7B.parameters * 2
-    assert estimate["eval"]["weights"] == weights and weights / GIB == pytest.approx(13.49, abs=0.01)
-    full = replace(config, model=replace(config.model, lora=LoraConfig(enabled=False)))
-    assert memory_estimate(full, MISTRAL_7B)["rl"]["gradients and optimizer"] == 16 * MISTRAL_7B.parameters
-    assert memory_estimate(full, MISTRAL_7B)["rl"]["weights"] > estimate["rl"]["weights"]
-    adapter = MISTRAL_7B.adapter_parameters(config.model)
-    assert estimate["rl"]["weights"] == weights + 4 * adapter  # one base for all roles; the reward model's adapter
-    assert estimate["rl"]["gradients and optimizer"] == 16 * adapter
-    gae = one("experiment=cerebrum-7b", "rl.advantage=gae")
-    assert memory_estimate(gae, MISTRAL_7B)["rl"]["weights"] == estimate["rl"]["weights"]
-    assert memory_estimate(gae, MISTRAL_7B)["rl"]["gradients and optimizer"] == 2 * 16 * adapter
-    copies = replace(gae, model=full.model)
-    assert memory_estimate(copies, MISTRAL_7B)["rl"]["weights"] == 4 * weights
-    assert memory_estimate(copies, MISTRAL_7B)["rl"]["gradients and optimizer"] == 2 * 16 * MISTRAL_7B.parameters
-    quantized = memory_estimate(one("experiment=cerebrum-7b", "model.quantization=nf4"), MISTRAL_7B)
-    assert 3.5 < quantized["rl"]["weights"] / GIB < 4.5 and quantized["eval"] == estimate["eval"]
-    wider = memory_estimate(one("experiment=cerebrum-7b", "rl.rollout_batch_size=64"), MISTRAL_7B)
-    assert wider["rl"]["KV cache"] == 2 * estimate["rl"]["KV cache"] and wider["eval"] == estimate["eval"]
-    longer = one("experiment=cerebrum-7b", "model.max_length=4096")
-    assert memory_estimate(longer, MISTRAL_7B)["eval"]["KV cache"] == 2 * estimate["eval"]["KV cache"]
-    assert list(memory_estimate(one("stage=rl"), MISTRAL_7B)) == ["rl"]
-
-
 def test_a_dry_run_prints_its_plan_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,26 +72,38 @@ def test_a_dry_run_prints_its_plan_and_starts_nothing(
         raise AssertionError("a dry run opened a run directory")
 
     monkeypatch.setattr("trlhf.pipeline.open_run", started)
-    result = trlhf.run(["experiment=cerebrum-7b", "data=gsm8k", "data.path=openai/gsm8k", "dry_run=true"])
+    result = trlhf.run(
+        ["experiment=cerebrum-7b", "hardware=gpu-24gb", "data=gsm8k", "data.path=openai/gsm8k", "dry_run=true"]
+    )
     assert result.summary == {} and list(tmp_path.iterdir()) == []
     printed = " ".join((capsys.readouterr().out).split())
     for part in (
         "plan (dry_run=true: nothing is started) experiment cerebrum-7b",
         "stages: sft, reward, rl, eval; seed 0",
-        "model: mistralai/Mistral-7B-v0.1, bfloat16, LoRA r=16",
+        "model: mistralai/Mistral-7B-v0.1, bfloat16, NF4 base, LoRA r=16, attention auto, gradient checkpointing",
         "labels: 500 at most, 128 of them for the reward stage; labeler exact; labels by v_optimal, update targeted",
         "7.242 billion parameters",
-        "lower the stage's microbatch_size",
+        "hardware: gpu-24gb, as given",
+        "Memory estimate in GiB",
+        "it fits into 22.0 GiB",
+        "what saves memory, most first:",
+        "time, modelled: sft",
+        "exact: weights, adapters, gradients, optimizer, KV cache",
     ):
         assert part in printed, printed
 
 
 def test_the_plan_counts_no_label_that_comes_with_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "example_model_solutions.jsonl").touch()
-    plan.print_plan(one("data=gsm8k", f"data.path={tmp_path}"))
+    for name, count in (("train", 60), ("test", 20)):
+        rows = [{"question": f"{name} {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    marked = {"question": "another?", "6b": {"solution": "1\n#### 1", "is_correct": True}}
+    (tmp_path / "example_model_solutions.jsonl").write_text(json.dumps(marked) + "\n")
+    sizes = ("data.sft_prompts=30", "data.pool_prompts=30", "data.test_prompts=20", "stage=sft")
+    plan.print_plan(one("data=gsm8k", f"data.path={tmp_path}", *sizes))
     printed = " ".join(capsys.readouterr().out.split())
     assert "labels: 64 at most, none of them for the reward stage, which takes those that come with the data" in printed
-    assert "(1200 at most)" in printed
+    assert "(1200 at most)" in printed and "(the data)" in printed
 
 
 def test_a_plan_without_known_sizes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,26 +114,45 @@ def test_a_plan_without_known_sizes_says_so(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_run_says_what_it_needs_and_what_to_change(caplog: pytest.LogCaptureFixture) -> None:
+    config = one("experiment=cerebrum-7b", "hardware=gpu-80gb", "stage=rl")
+    job = plan.job_of(config, longest_possible(config))
+    assert job is not None
     with caplog.at_level("INFO"):
-        plan.announce_memory(one("experiment=cerebrum-7b", "stage=rl"), None)
-    needed = sum(memory_estimate(one("experiment=cerebrum-7b", "stage=rl"), MISTRAL_7B)["rl"].values()) / GIB
+        plan.announce_memory(config, job.lengths, None)
     assert caplog.messages == [
-        f"memory: at most about {needed:.1f} GiB (stage rl, longest possible sequences); "
+        f"memory: about {needed(job)[1] / GIB:.1f} GiB at most (stage rl, the longest possible sequences); "
         "dry_run=true shows what takes it"
     ]
     caplog.clear()
-    plan.announce_memory(one("experiment=cerebrum-7b", "stage=rl"), 8 * GIB)
-    assert caplog.messages[-1].startswith("memory: only 8.0 GiB are free, so it may not fit; lower the stage's micro")
-    assert caplog.messages[-1].endswith("; or model.quantization=nf4")
+    plan.announce_memory(config, job.lengths, 8 * GIB)
+    assert caplog.messages[-1].startswith("memory: only 8.0 GiB are free, so it may not fit; what saves most: rl.")
+    assert "model.quantization=nf4" in caplog.messages[-1]
     caplog.clear()
-    plan.announce_memory(one("model.name=someone/some-model"), 1.0)
+    plan.announce_memory(one("model.name=someone/some-model"), job.lengths, 1.0)
     assert caplog.messages == []
 
 
-def test_the_plan_needs_no_torch() -> None:
-    code = "import sys, trlhf; trlhf.run(['dry_run=true']); assert 'torch' not in sys.modules"
+def test_the_plan_of_a_model_that_is_not_at_hand_needs_no_torch() -> None:
+    code = "import sys, trlhf; trlhf.run(['experiment=cerebrum-7b', 'dry_run=true']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_of_data_at_hand_rests_on_their_lengths(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.print_plan(one("data.sft_prompts=20", "data.pool_prompts=40", "data.test_prompts=10", "dry_run=true"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Memory estimate in MiB" in printed and "(the data)" in printed and "(the longest" not in printed
+
+
+def test_a_plan_names_packages_that_are_missing_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trlhf import hardware_checks
+
+    monkeypatch.setattr(hardware_checks, "find_spec", lambda _: None)
+    plan.print_plan(one("experiment=cerebrum-7b", "hardware=gpu-24gb", "dry_run=true"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "missing here: the package bitsandbytes, for model.quantization=nf4; pip install 'trlhf[quant" in printed
 
 
 def test_ties_count_once() -> None:

@@ -16,6 +16,7 @@ from trlhf.config import Config, DataConfig, HardwareConfig, ModelConfig, Reward
 from trlhf.data import LabelledPair, LabelledResponse
 from trlhf.errors import UserError
 from trlhf.reward import features, finetune, refit, train
+from trlhf.reward import model as reward_model
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, prompt_key
 from trlhf.reward.finetune import FitSettings
 from trlhf.reward.fit import fit
@@ -23,6 +24,7 @@ from trlhf.reward.model import RewardModel
 from trlhf.reward.refit import Refitter
 from trlhf.reward.split import SPLIT, Labels, at_most, read_split, split_by_prompt
 from trlhf.reward.train import train_reward
+from trlhf.roles import Role
 from trlhf.run import StageDirectory
 from trlhf.tasks import load_task
 from trlhf.types import Prompt
@@ -50,13 +52,13 @@ def verdicts(name: str, prompts: int, samples: int = 3) -> list[LabelledResponse
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
     """How often the backbone read each sample, by its tokens."""
     seen: Counter[tuple[int, ...]] = Counter()
-    pooled = RewardModel.pooled
+    pooled = reward_model._pooled
 
-    def counted(self: RewardModel, batch: Batch) -> Pooled:
+    def counted(role: Role, batch: Batch) -> Pooled:
         seen.update(tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True))
-        return pooled(self, batch)
+        return pooled(role, batch)
 
-    monkeypatch.setattr(RewardModel, "pooled", counted)
+    monkeypatch.setattr(reward_model, "_pooled", counted)
     return seen
 
 

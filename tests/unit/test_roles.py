@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trlhf.config import Config, LoraConfig, ModelConfig, RewardConfig, RlConfig
 from trlhf.errors import UserError
+from trlhf.estimate.shape import shape_of
 from trlhf.logprobs import SequenceBatch, pad_sequences, response_logprobs
 from trlhf.merging import merged_state, save_model
 from trlhf.models import encode_prompt, load_causal_lm, load_tokenizer
-from trlhf.plan import shape_of
 from trlhf.rl.critic import Critic
 from trlhf.roles import SFT_ADAPTER, Role, Roles, SharedBase, load_roles
 from trlhf.sft.templates import load_template

@@ -17,7 +17,7 @@ import yaml
 
 from trlhf import files
 from trlhf.admission import open_run
-from trlhf.config import Config, RunConfig, build_config, plain
+from trlhf.config import Config, build_config, plain
 from trlhf.errors import UserError
 from trlhf.fingerprint import differences, fingerprint
 from trlhf.run import RunDirectory
@@ -182,15 +182,8 @@ def test_summary_merges_group_by_group(tmp_path: Path) -> None:
 
 
 def test_stage_names_are_known() -> None:
-    with pytest.raises(ValueError, match="none of sft, reward, rl, eval"):
+    with pytest.raises(ValueError, match="none of check, sft, reward, rl, eval"):
         RunDirectory("x").stage("train")
-
-
-def test_one_of_several_processes_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"WORLD_SIZE=2: .* one of 2 processes .*start it with python -m trlhf"):
-        open_run(Config(run=RunConfig(dir=str(tmp_path / "run"))))
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trlhf.config import LABEL_RULES, UPDATE_RULES, build_config
 from trlhf.errors import ConfigError
 from trlhf.knowledge import Knowledge
 from trlhf.rl.anchors import Anchor
+from trlhf.rl.ask_verdicts import idle_stop_rules
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.health import after_record, after_step, new_health, protected
 from trlhf.rl.judge import AnswerTable
@@ -178,7 +179,7 @@ def test_anchors_are_asked_greedily_where_labels_verify_them(tmp_path: Path, mon
         assert sampling.temperature == 0 and sampling.samples == 1
         return [[Rollout(p.id, "", (1,), (0.0,), True, model.answer)] for p in prompts]
 
-    monkeypatch.setattr("trlhf.rl.monitor.sample_responses", sample)
+    monkeypatch.setattr("trlhf.rl.monitor.sample_as", sample)
     pool = [prompt(name) for name in ("a", "b", "c")]
     state = Progress(anchors=[Anchor(name, (1,), (2,), "5") for name in ("a", "b")])
     roles = SimpleNamespace(reference=Role("5"))
@@ -257,3 +258,12 @@ def test_a_rule_that_does_not_exist_is_refused(values: dict[str, Any], message: 
 def test_no_rules_at_all_are_possible() -> None:
     assert build_config({"rl": {"stop_rules": []}}).rl.stop_rules == []
     assert json.dumps(build_config({}).rl.stop_rules)
+
+
+def test_rules_that_cannot_act_are_told() -> None:
+    def idle(**targeting: object) -> list[str]:
+        return idle_stop_rules(build_config({"targeting": targeting}).targeting)
+
+    assert idle() == [] == idle(acquisition="apl", stop_rules=[])
+    assert idle(acquisition="apl", stop_rules=list(LABEL_RULES)) == ["labels_buy_too_little"]
+    assert idle(acquisition="frontier", stop_rules=list(LABEL_RULES)) == list(LABEL_RULES)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trlhf.config import EvaluationConfig
 from trlhf.evaluation.answers import has_plan, same_answer
 from trlhf.evaluation.statistics import accuracy_summary, mcnemar, win_rate
-from trlhf.rollout import Sampling, sample_responses
+from trlhf.roles import Role
+from trlhf.rollout import Sampling, sample_as
 from trlhf.types import Prompt, Rollout
 
 Taste = Callable[[Prompt, str], float]
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    role: Role,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     answers: Mapping[str, str],
@@ -73,7 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer every prompt greedily and compare with the gold answers (math-verify where they are not plain)."""
     sampling = Sampling(0.0, config.max_new_tokens, 1, config.batch_size)
-    drawn = sample_responses(model, tokenizer, prompts, sampling, torch.Generator(), advance)
+    drawn = sample_as(role, tokenizer, prompts, sampling, 0, advance)
     rollouts = [rows[0] for rows in drawn]
     correct = {
         p.id: r.answer is not None and same_answer(r.answer, answers[p.id])

@@ -14,18 +14,13 @@ from numpy import ndarray
 from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
 from trlhf.rl.judge import DRAWS, AnswerTable, settled
-from trlhf.targeting.acquisition import (
-    balanced_target,
-    d_optimal_batch,
-    query_information,
-    top_batch,
-    v_optimal_batch,
-)
+from trlhf.targeting.acquisition import d_optimal_batch, query_information, top_batch, v_optimal_batch
 from trlhf.targeting.answers import AnswerModel
 from trlhf.targeting.baselines import apl_scores, double_thompson, least_agreed_scores, max_entropy_scores
 from trlhf.targeting.choose import Candidate
 from trlhf.targeting.frontier import frontier_value
 from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, gate, mahalanobis_distances, outlier_bound
+from trlhf.targeting.targets import balanced_target
 from trlhf.targeting.trust import TrustTest, trust_test
 from trlhf.types import Label, Prompt, Question, Rollout
 

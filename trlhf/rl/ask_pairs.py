@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from trlhf.rl.anchors import release
 from trlhf.rl.candidates import more_open
 from trlhf.rl.judge import settled
 from trlhf.rl.liking import LikingJudge, comparisons
-from trlhf.rl.round import Round
+from trlhf.rl.round import OPEN_KINDS, Round
 from trlhf.seeding import numpy_rng
 from trlhf.targeting import Candidate
 from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, gate, mahalanobis_distances, outlier_bound
@@ -90,8 +90,9 @@ def ask_pairs(
         return PairQuestions([])
     repeats = turned(labels, trainer.inputs.pool, round(count * targeting.repeat_share), rng, number)
     count -= len(repeats)
+    asked = {(label.prompt_id, frozenset(label.responses)) for label in comparisons(labels)}
     if taster is None or taster.model is None or targeting.pairs == "uniform":
-        return PairQuestions([*choose_pairs(candidates, count, rng, number), *repeats], _in_words(taster))
+        return PairQuestions([*choose_pairs(candidates, count, rng, number, asked), *repeats], _in_words(taster))
     options, texts, samples = taster.options([c.prompt for c in candidates], [c.rollouts for c in candidates])
     refused: dict[str, int] = {}
     if targeting.gate:
@@ -100,6 +101,7 @@ def ask_pairs(
             features=options.features[kept], prompts=options.prompts[kept], counts=options.counts[kept]
         )
         texts, samples = [texts[n] for n in kept], [samples[n] for n in kept]
+    options = options._replace(asked=_rows(asked, [candidates[x].prompt.id for x in options.prompts], texts))
     entropy, implicit = None, None
     if targeting.pairs == "apl":
         entropy = np.array([-np.mean([sum(r.logprobs) for r in c.rollouts]) for c in candidates])
@@ -115,6 +117,15 @@ def ask_pairs(
     if picks:
         decided["pairs_expected_told_apart"] = settled(float(np.mean([pick.told_apart for pick in picks])))
     return PairQuestions([*questions, *repeats], decided)
+
+
+def _rows(
+    asked: Collection[tuple[str, frozenset[str]]], names: Sequence[str], texts: Sequence[str]
+) -> frozenset[frozenset[int]]:
+    """Return comparisons as pairs of rows; those of other responses than the rows' are left out."""
+    row = {own: n for n, own in enumerate(zip(names, texts, strict=True))}
+    pairs = [frozenset(row[name, text] for text in two if (name, text) in row) for name, two in asked]
+    return frozenset(pair for pair in pairs if len(pair) == 2)
 
 
 def turned(
@@ -146,15 +157,15 @@ def note_taste(
         _, outlook = taster.judge(prompts, sampled, rng)
         trainer.state.liking |= {prompt.id: seen for prompt, seen in zip(prompts, outlook, strict=True)}
         if learns_open(trainer):
-            kinds = {prompt.id: prompt.kind for prompt in trainer.inputs.pool}
-            learned = worth_learning(trainer.state.liking, kinds)
-            trainer.state.anchors = release(trainer.state.anchors, learned)
-            return _in_words(taster) | {"open_prompts_learned": len(learned)}
+            learned = worth_learning(trainer.state.liking, trainer.inputs.pool)
+            released = {p.id for p in trainer.inputs.pool if p.task == "open" and p.kind in learned}
+            trainer.state.anchors = release(trainer.state.anchors, released)
+            return _in_words(taster) | {OPEN_KINDS: sorted(learned), "open_prompts_learned": len(released)}
     return _in_words(taster)
 
 
-def worth_learning(liking: Mapping[str, tuple[float, float]], kinds: Mapping[str, str]) -> set[str]:
-    """Return the open prompts of the kinds worth learning; the others stay held still.
+def worth_learning(liking: Mapping[str, tuple[float, float]], prompts: Sequence[Prompt]) -> set[str]:
+    """Return the kinds of open prompts worth learning; prompts of the others stay held still, and are not trained on.
 
     A prompt's value is P(two samples are told apart) times trust; a kind is worth it if the mean over its prompts is at
     least that over all. Prompts of one kind are answered alike: what holds some of them still holds all.
@@ -162,10 +173,10 @@ def worth_learning(liking: Mapping[str, tuple[float, float]], kinds: Mapping[str
     values = {name: apart * trust for name, (apart, trust) in liking.items()}
     least = sum(values.values()) / max(1, len(values)) * (1 - 1e-9)
     of_kind: dict[str, list[float]] = {}
-    for name, value in values.items():
-        of_kind.setdefault(kinds[name], []).append(value)
-    learned = {kind for kind, found in of_kind.items() if sum(found) > 0 and sum(found) / len(found) >= least}
-    return {name for name in values if kinds[name] in learned}
+    for prompt in prompts:
+        if prompt.id in values:
+            of_kind.setdefault(prompt.kind, []).append(values[prompt.id])
+    return {kind for kind, found in of_kind.items() if sum(found) > 0 and sum(found) / len(found) >= least}
 
 
 @torch.no_grad()

@@ -35,7 +35,14 @@ from trlhf.types import Label, Question
 
 log = logging.getLogger("trlhf")
 BY_ANSWERS = ("v_optimal", "d_optimal", "max_entropy", "double_thompson", "apl", "least_agreed", "scrambled")
+PREDICTING = ("v_optimal", "d_optimal", "scrambled")  # those that say what a label is worth
 LEAST_TESTED = 16  # uniform verdicts from which the uncertainty is tested; before, it is taken on credit
+
+
+def idle_stop_rules(targeting: TargetingConfig) -> list[str]:
+    """Return those of ``targeting.stop_rules`` that never act under the acquisition, whose figures they need."""
+    able = {"labels_buy_too_little": PREDICTING, "held_out_gain_covers_zero": BY_ANSWERS}
+    return [rule for rule in targeting.stop_rules if targeting.acquisition not in able[rule]]
 
 
 def predictions_file(number: int) -> str:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-import torch
-
 from trlhf.console import progress as progress_bar
 from trlhf.knowledge import Knowledge
 from trlhf.rl.frontier import draw_candidates
 from trlhf.rl.round import Round
-from trlhf.rollout import Sampling, sample_responses
-from trlhf.seeding import numpy_rng, python_rng, torch_generator
+from trlhf.rollout import Sampling, sample_as
+from trlhf.seeding import derive_seed, numpy_rng, python_rng
 from trlhf.targeting import Candidate
 from trlhf.types import Prompt
 
 
 def sample(
-    trainer: Round, prompts: Sequence[Prompt], samples: int, generator: torch.Generator, title: str | None = None
+    trainer: Round, prompts: Sequence[Prompt], samples: int, seed: int, title: str | None = None
 ) -> list[Candidate]:
     """Return the prompts with ``samples`` responses each of the policy as it is now; with a title, show progress."""
     sampling = Sampling.of(trainer.config.rl, samples)
-    with trainer.policy.acting() as model:
-        if title is None:
-            sampled = sample_responses(model, trainer.tokenizer, prompts, sampling, generator)
-        else:
-            with progress_bar(title, len(prompts)) as advance:
-                sampled = sample_responses(model, trainer.tokenizer, prompts, sampling, generator, advance)
+    if title is None:
+        sampled = sample_as(trainer.policy, trainer.tokenizer, prompts, sampling, seed)
+    else:
+        with progress_bar(title, len(prompts)) as advance:
+            sampled = sample_as(trainer.policy, trainer.tokenizer, prompts, sampling, seed, advance)
     return [Candidate(prompt, tuple(rollouts)) for prompt, rollouts in zip(prompts, sampled, strict=True)]
 
 
@@ -46,9 +43,9 @@ def sample_candidates(trainer: Round, before: Knowledge) -> list[Candidate]:
     others = [prompt for prompt in trainer.pool if prompt.id not in held]
     probe = config.targeting.pass_rates == "posterior"
     prompts = pinned + draw_candidates(trainer.state, others, config.targeting.candidates - len(pinned), rng, probe)
-    generator = torch_generator(config.seed, "rl", "candidates", number)
+    seed = derive_seed(config.seed, "rl", "candidates", number)
     title = f"round {number}: sampling candidates"
-    return sample(trainer, prompts, config.targeting.samples_per_prompt, generator, title)
+    return sample(trainer, prompts, config.targeting.samples_per_prompt, seed, title)
 
 
 def more_plain(trainer: Round, held: Container[str]) -> list[Candidate]:
@@ -59,7 +56,7 @@ def more_plain(trainer: Round, held: Container[str]) -> list[Candidate]:
     if not most:
         return []
     prompts = python_rng(config.seed, "rl", "anchors").sample(prompts, most)
-    return sample(trainer, prompts, 1, torch_generator(config.seed, "rl", "anchors"))
+    return sample(trainer, prompts, 1, derive_seed(config.seed, "rl", "anchors"))
 
 
 def more_open(trainer: Round, held: Container[str]) -> list[Candidate]:
@@ -73,5 +70,5 @@ def more_open(trainer: Round, held: Container[str]) -> list[Candidate]:
     prompts = [more[i] for i in rng.permutation(len(more))[: config.targeting.candidates]]
     if not prompts:
         return []
-    generator = torch_generator(config.seed, "rl", "open", number)
-    return sample(trainer, prompts, config.targeting.samples_per_prompt, generator)
+    seed = derive_seed(config.seed, "rl", "open", number)
+    return sample(trainer, prompts, config.targeting.samples_per_prompt, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from trlhf import files
+from trlhf.crew import together
+from trlhf.distributed import barrier
 from trlhf.errors import UserError
 from trlhf.rl.anchors import Anchor
 from trlhf.rl.health import Health, new_health, protected
@@ -144,13 +147,22 @@ def load(stage: StageDirectory, policy: Role, learner: Learner, at_most: int | N
 
 def _read(path: Path, policy: Role, learner: Learner) -> Progress:
     state = torch.load(path, map_location="cpu", weights_only=True)
+    kept = state["progress"]
+    anchors = [Anchor(name, tuple(p), tuple(r), answer) for name, p, r, answer in kept.pop("anchors")]
+    progress = Progress(**kept, anchors=anchors)
+    together(_take_up, path, policy, learner, state=state)
+    return progress
+
+
+def _take_up(path: Path, policy: Role, learner: Learner, state: Mapping[str, Any] | None = None) -> None:
+    """Give policy and learner a state: the leader, who has read it, and the others, who read it too."""
+    if state is None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
             parameter.copy_(state["policy"][name])
     learner.load_state_dict(state["learner"])
-    kept = state["progress"]
-    anchors = [Anchor(name, tuple(p), tuple(r), answer) for name, p, r, answer in kept.pop("anchors")]
-    return Progress(**kept, anchors=anchors)
+    barrier()  # the leader may delete the file next
 
 
 def _step(path: Path) -> int:

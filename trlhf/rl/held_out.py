@@ -9,6 +9,7 @@ from trlhf.targeting.choose import Candidate
 from trlhf.types import Label, Prompt, Rollout
 
 FEWEST = 5  # prompts; fewer say nothing
+FEWEST_TO_CHOOSE = 8  # for rl.interpolate: fewer choose by chance
 
 
 def held_out_prompts(pool: Sequence[Prompt], held_out: Collection[str], labels: Iterable[Label]) -> list[Prompt]:

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from trlhf.rl.held_out import pass_rates
+from trlhf.crew import keep, together
+from trlhf.rl.held_out import FEWEST_TO_CHOOSE, pass_rates
 from trlhf.rl.round import Round
 from trlhf.roles import Role
-from trlhf.rollout import Sampling, sample_responses
-from trlhf.seeding import torch_generator
+from trlhf.rollout import Sampling, sample_as
+from trlhf.seeding import derive_seed
 
 log = logging.getLogger("trlhf")
 GRID = (0.25, 0.5, 0.75, 1.0)
-FEWEST = 8  # held-out prompts; fewer choose by chance
 Rates = Mapping[str, float]  # prompt id → share of its samples that are right
 
 
@@ -59,30 +59,34 @@ def interpolate(trainer: Round) -> dict[str, Any] | None:
         there are too few prompts.
     """
     rl, prompts = trainer.config.rl, trainer.held_out
-    if not rl.interpolate:
-        return None
-    if len(prompts) < FEWEST:
-        log.warning(
-            "rl.interpolate: skipped, since fewer than %d held-out prompts were verified before the stage; raise "
-            "reward.labels", FEWEST,
-        )  # fmt: skip
+    if not rl.interpolate or len(prompts) < FEWEST_TO_CHOOSE:  # `Round.held_out` says so when the stage begins
         return None
     policy, reference = trainer.policy, trainer.inputs.roles.reference
     rates: dict[float, Rates] = {}
     for share in GRID:
         with blended(policy, reference, share):
-            generator = torch_generator(trainer.config.seed, "rl", "interpolate")
-            with policy.acting() as model:
-                sampled = sample_responses(
-                    model, trainer.tokenizer, prompts, Sampling.of(rl, rl.samples_per_prompt), generator
-                )
+            seed = derive_seed(trainer.config.seed, "rl", "interpolate")
+            sampled = sample_as(policy, trainer.tokenizer, prompts, Sampling.of(rl, rl.samples_per_prompt), seed)
         rates[share] = pass_rates(prompts, sampled, trainer.knowledge)
     chosen, why = choose_share(rates)
     if chosen < 1:
-        blend(policy, reference, chosen)
+        together(blend, policy, reference, chosen)
     log.info("rl.interpolate: λ = %g on %d held-out prompts; %s", chosen, len(prompts), why)
     accuracy = {f"{share:g}": _mean(found) for share, found in rates.items()}
     return {"share": chosen, "why": why, "accuracy": accuracy, "prompts": len(prompts)}
+
+
+class Weights:
+    """A copy of what a role learns with."""
+
+    def __init__(self, role: Role) -> None:
+        self._kept = {name: value.detach().cpu().clone() for name, value in role.trainable().items()}
+
+    @torch.no_grad()
+    def put_back(self, role: Role) -> None:
+        """Give a role these weights again."""
+        for name, value in role.trainable().items():
+            value.copy_(self._kept[name])
 
 
 @contextmanager
@@ -91,14 +95,12 @@ def blended(policy: Role, reference: Role, share: float) -> Iterator[None]:
     if share == 1:
         yield
         return
-    kept = {name: value.detach().cpu().clone() for name, value in policy.trainable().items()}
-    blend(policy, reference, share)
+    kept = keep(Weights, policy)
+    together(blend, policy, reference, share)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, value in policy.trainable().items():
-                value.copy_(kept[name])
+        together(kept.put_back, policy)
 
 
 @torch.no_grad()

@@ -14,16 +14,10 @@ from numpy import ndarray
 
 from trlhf import files
 from trlhf.evaluation.answers import same_answer
-from trlhf.targeting.answers import (
-    FLIP_RATE,
-    AnswerModel,
-    Answers,
-    Whitening,
-    fit_answers,
-    label_likelihood,
-    left_out_log_likelihood,
-)
+from trlhf.targeting.answer_fit import fit_answers, left_out_log_likelihood
+from trlhf.targeting.answers import FLIP_RATE, AnswerModel, Answers, label_likelihood
 from trlhf.targeting.noise import RATES, flip_rate_from
+from trlhf.targeting.whitening import Whitening
 from trlhf.types import Label, Prompt, Rollout
 
 Features = Callable[[Sequence[Prompt], Sequence[str]], Float[ndarray, "N F"]]

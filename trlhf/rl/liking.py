@@ -14,10 +14,10 @@ from numpy import ndarray
 
 from trlhf import files
 from trlhf.rl.judge import DRAWS, Features, Judgement, settled
-from trlhf.targeting.answers import Whitening
 from trlhf.targeting.pairs import Options, disagreement
 from trlhf.targeting.preferences import Compared, PreferenceModel, fit_preferences
 from trlhf.targeting.swaps import Noise, estimate_noise
+from trlhf.targeting.whitening import Whitening
 from trlhf.types import Label, Prompt, Rollout
 
 SCALES = "liking_scales.safetensors"

@@ -14,8 +14,8 @@ from trlhf.rl.health import after_record, after_round, after_step, mean
 from trlhf.rl.held_out import FEWEST, pass_rates
 from trlhf.rl.records import Record
 from trlhf.rl.round import Round, decisions_file
-from trlhf.rollout import Sampling, sample_responses
-from trlhf.seeding import torch_generator
+from trlhf.rollout import Sampling, sample_as
+from trlhf.seeding import derive_seed
 
 log = logging.getLogger("trlhf")
 
@@ -85,8 +85,7 @@ def measure_anchors(trainer: Round) -> tuple[dict[str, float] | None, dict[str, 
     rl, found = trainer.config.rl, []
     sampling = Sampling(0.0, rl.max_new_tokens, 1, rl.rollout_batch_size)
     for role in (trainer.inputs.roles.reference, trainer.policy):
-        with role.acting() as model:
-            sampled = sample_responses(model, trainer.tokenizer, prompts, sampling, torch_generator(0, "greedy"))
+        sampled = sample_as(role, trainer.tokenizer, prompts, sampling, 0)
         found.append(pass_rates(prompts, sampled, trainer.knowledge))
     return found[0], found[1]
 
@@ -105,9 +104,8 @@ def measure_held_out(trainer: Round) -> tuple[dict[str, float] | None, float | N
     if not prompts:
         return None, None
     sampling = Sampling.of(rl, rl.samples_per_prompt)
-    generator = torch_generator(trainer.config.seed, "rl", "held_out", trainer.state.round)
-    with trainer.policy.acting() as model:
-        sampled = sample_responses(model, trainer.tokenizer, prompts, sampling, generator)
+    seed = derive_seed(trainer.config.seed, "rl", "held_out", trainer.state.round)
+    sampled = sample_as(trainer.policy, trainer.tokenizer, prompts, sampling, seed)
     lengths = [len(rollout.token_ids) for rollouts in sampled for rollout in rollouts]
     return pass_rates(prompts, sampled, trainer.knowledge), sum(lengths) / len(lengths)
 

@@ -196,10 +196,10 @@ class PpoLearner:
         old, reference, advantages, old_values, returns = experience.cut(rows, mask.shape[1])
         found: Metrics = {}
         if self.critic is not None:
-            loss, found = value_loss(
-                self.critic(batch), old_values, returns, mask, denominator, config.value_clip_range
-            )
-            (config.value_coef * loss).backward()
+            with self.critic.role.acting():  # also while the backward pass recomputes what was not kept
+                values = self.critic(batch)
+                loss, found = value_loss(values, old_values, returns, mask, denominator, config.value_clip_range)
+                (config.value_coef * loss).backward()
             found |= {"value_loss": float(loss.detach()) * denominator}
         if not warmup:
             with self.policy.acting() as model:

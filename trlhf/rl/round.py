@@ -26,17 +26,18 @@ from trlhf.rl.checkpoint import Progress
 from trlhf.rl.draw import draw_prompts
 from trlhf.rl.experience import Group, score_groups
 from trlhf.rl.frontier import expected_rate, note_samples
-from trlhf.rl.held_out import held_out_prompts
+from trlhf.rl.held_out import FEWEST_TO_CHOOSE, held_out_prompts
 from trlhf.rl.judge import AnswerJudge, Cache, Features, Judgement, verdicts_of
 from trlhf.rl.liking import LikingJudge, PairCache, comparisons
 from trlhf.roles import Role, Roles
-from trlhf.rollout import Sampling, sample_responses
+from trlhf.rollout import Sampling, sample_as
 from trlhf.run import StageDirectory
-from trlhf.seeding import numpy_rng, torch_generator
+from trlhf.seeding import derive_seed, numpy_rng
 from trlhf.targeting.answers import FLIP_RATE
 from trlhf.types import Label, Labeler, Prompt, Rollout, Scorer
 
 log = logging.getLogger("trlhf")
+OPEN_KINDS = "open_kinds_learned"  # in a round's file: kinds of open prompts that the model of preferences tells apart
 NOISY = 0.05  # chance of a wrong verdict from which a verified prompt is no longer taken at its word
 Refit = Callable[[Sequence[LabelledResponse], Sequence[LabelledPair]], Scorer]
 
@@ -121,9 +122,17 @@ class Round:
         held out are prompts not learned from. But ``rl.interpolate`` chooses by them.
         """
         rl = self.config.rl
-        if not (rl.held_out_patience and rl.unverified_share) and not rl.interpolate:
+        watched = bool(rl.held_out_patience and rl.unverified_share)
+        if not watched and not rl.interpolate:
             return []
-        return held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
+        found = held_out_prompts(self.inputs.pool, self.inputs.held_out, self.inputs.ledger.labels())
+        if rl.interpolate and len(found) < FEWEST_TO_CHOOSE:
+            log.warning(
+                "rl.interpolate: the stage will end without it, since %d held-out prompts were verified before it "
+                "began and %d are needed; raise reward.labels", len(found), FEWEST_TO_CHOOSE,
+            )  # fmt: skip
+            return found if watched else []
+        return found
 
     @cached_property
     def pool(self) -> list[Prompt]:
@@ -148,14 +157,15 @@ class Round:
             self.taster = self.fit_taster(labels)
         if self.taster is not None:  # what an anchor holds still, no estimated reward is to move
             held = {anchor.prompt_id for anchor in self.state.anchors}
-            self.open = [prompt for prompt in self.open if prompt.id not in held]
+            kinds = self.decisions(self.state.round).get(OPEN_KINDS)  # None: nobody asked which
+            self.open = [p for p in self.open if p.id not in held and (kinds is None or p.kind in kinds)]
         if unscored or (self.open and self.taster is None):
             self.scorer = self.inputs.refit(*self.inputs.archive.apply(labels))
         if self.exact or self.open:
             return
         trusted, share = len(self.trusted()), self.config.rl.unverified_share
         if not trusted and not (self.unverified and share):
-            none = "every open prompt is held still by an anchor" if preferences else "there are no preferences"
+            none = "no open prompt is of a kind that they tell apart" if preferences else "there are no preferences"
             raise UserError(
                 f"rl: no prompt can be learned from: no verdict found a right answer and {none}; "
                 f"raise targeting.budget={self.config.targeting.budget}, improve the SFT model first, or let the "
@@ -176,10 +186,8 @@ class Round:
         config, step = self.config, self.state.step
         rl = config.rl
         prompts = draw_prompts(self, numpy_rng(self.config.seed, "rl", "prompts", step))
-        generator = torch_generator(self.config.seed, "rl", "rollouts", step)
-        sampling = Sampling.of(rl, rl.samples_per_prompt)
-        with self.policy.acting() as model:
-            sampled = sample_responses(model, self.tokenizer, prompts, sampling, generator)
+        seed = derive_seed(self.config.seed, "rl", "rollouts", step)
+        sampled = sample_as(self.policy, self.tokenizer, prompts, Sampling.of(rl, rl.samples_per_prompt), seed)
         ids = [encode_prompt(self.tokenizer, prompt.messages) for prompt in prompts]
         judged = self._judge(prompts, sampled) | self._taste(prompts, sampled)
         groups = score_groups(prompts, ids, sampled, self.knowledge, self.scorer, rl, judged)

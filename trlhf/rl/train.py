@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 from trlhf import preemption
 from trlhf.config import Config
 from trlhf.console import progress as progress_bar
+from trlhf.crew import keep, together
+from trlhf.export import save_adapter
 from trlhf.merging import save_model
 from trlhf.models import load_tokenizer
 from trlhf.rl import checkpoint
+from trlhf.rl.ask_verdicts import idle_stop_rules
 from trlhf.rl.buy import buy_labels
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.critic import Critic
@@ -28,6 +32,7 @@ from trlhf.run import StageDirectory
 from trlhf.seeding import python_rng
 
 __all__ = ["RlInputs", "train_rl"]
+log = logging.getLogger("trlhf")
 
 
 def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[str, Any]:
@@ -40,10 +45,14 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
         UserError: no prompt of the pool can be learned from, or an unreadable checkpoint.
     """
     rl = config.rl
+    if idle := idle_stop_rules(config.targeting):
+        log.info(
+            "targeting.stop_rules: %s never acts with acquisition=%s", ", ".join(idle), config.targeting.acquisition
+        )
     policy = inputs.roles.policy
-    tokenizer = load_tokenizer(inputs.sft)
+    tokenizer = keep(load_tokenizer, inputs.sft)
     pad_id = int(tokenizer.pad_token_id)
-    learner = _learner(config, inputs.roles, pad_id)
+    learner = keep(_learner, config, inputs.roles, pad_id)
     found = checkpoint.load(stage, policy, learner)
     state = found or Progress()
     checkpoint.prune(stage, state, rl.save_total_limit)
@@ -67,10 +76,9 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                     groups = trainer.sample_groups()
                     scale = min((state.step + 1) / max(1.0, rl.warmup_ratio * total), 1 - state.step / total)
                     warmup = rl.advantage == "gae" and state.step < rl.value_warmup_steps
-                    state.last = learner.update(
-                        groups, state.anchors, python_rng(config.seed, "rl", "update", state.step), scale, warmup
-                    )
-                    moved = measure_drift(policy, groups, rl, pad_id)
+                    rng = python_rng(config.seed, "rl", "update", state.step)
+                    state.last = together(learner.update, groups, state.anchors, rng, scale, warmup)
+                    moved = together(measure_drift, policy, groups, rl, pad_id)
                     state.drift += moved
                     state.step += 1
                     seconds = time.monotonic() - begun
@@ -91,6 +99,9 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
     interpolation = interpolate(trainer)
     with stage.new_directory("model") as folder:
         save_model(policy.model, tokenizer, folder, config.model.dtype, policy.adapter)
+    if policy.base is not None:
+        with stage.new_directory("adapter") as folder:
+            save_adapter(policy, inputs.sft, tokenizer, folder)
     metrics = {"steps": state.step, "rounds": state.round, "anchors": len(state.anchors), "last_step": state.last}
     metrics |= {
         "interpolation": interpolation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -11,15 +11,11 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.special import expit
 
-from trlhf.targeting.acquisition import (
-    balanced_target,
-    d_optimal_batch,
-    top_batch,
-    v_optimal_batch,
-)
+from trlhf.targeting.acquisition import d_optimal_batch, top_batch, v_optimal_batch
 from trlhf.targeting.baselines import apl_scores, double_thompson_pair, max_entropy_scores
 from trlhf.targeting.choose import Candidate
 from trlhf.targeting.preferences import PreferenceModel
+from trlhf.targeting.targets import balanced_target
 from trlhf.types import Question
 
 DRAWS = 64
@@ -43,13 +39,15 @@ class Options(NamedTuple):
     """R distinct responses to P prompts, those of a prompt side by side.
 
     ``features`` [R, Q] as in `trlhf.targeting.preferences.Compared`; ``prompts`` [R]: number of each one's prompt;
-    ``counts`` [R]: how many samples were this response; ``kinds`` [P].
+    ``counts`` [R]: how many samples were this response; ``kinds`` [P]. ``asked``: two rows each, compared before, which
+    are not asked for again.
     """
 
     features: Float[ndarray, "R Q"]
     prompts: Int[ndarray, " R"]
     counts: Int[ndarray, " R"]
     kinds: Sequence[str]
+    asked: Collection[frozenset[int]] = frozenset()
 
 
 def all_pairs(options: Options) -> tuple[Int[ndarray, " N"], Int[ndarray, " N"]]:
@@ -96,7 +94,8 @@ def pick_pairs(
       (Dwaracherla et al. 2024).
     - ``v_optimal``: ω·zᵀΣTΣz/(1 + ω·zᵀΣz), T = Σ_x U(x)·T_x/tr(T_xΣ) over the samples. ``d_optimal``: ln(1 + ω·zᵀΣz).
     - ``max_entropy``: P(no tie)·H(p), spread over kinds. ``apl``: |difference of the implicit rewards|, on the half of
-      the prompts with the largest entropy, so only with ``entropy`` and ``implicit``.
+      the prompts with the largest entropy (on as many as there are labels, if these are more), so only with ``entropy``
+      and ``implicit``.
 
     Which response is shown first is drawn at random, or a preference for the first place would look like taste.
 
@@ -112,9 +111,10 @@ def pick_pairs(
     Raises:
         ValueError: another acquisition, or apl without its inputs.
     """
-    first, second = all_pairs(options)
-    if not len(first) or count < 1:
+    pairs = [pair for pair in zip(*all_pairs(options), strict=True) if frozenset(pair) not in options.asked]
+    if not pairs or count < 1:
         return []
+    first, second = np.array(pairs, int).T
     turned = rng.random(len(first)) < 0.5
     first, second = np.where(turned, second, first), np.where(turned, first, second)
     rows, groups = options.features, options.prompts[first]
@@ -141,7 +141,7 @@ def pick_pairs(
                 "pick_pairs: apl needs the entropy of each prompt and the implicit reward of each response"
             )
         else:
-            scores = apl_scores(entropy[groups], implicit[first] - implicit[second])
+            scores = _apl(entropy, groups, implicit[first] - implicit[second], count)
         picks = top_batch(scores, groups, [options.kinds[g] for g in groups], count, 1)
     else:
         raise ValueError(f"pick_pairs: acquisition={acquisition!r} chooses no pairs; uniform ones are `choose_pairs`'")
@@ -153,23 +153,45 @@ def pick_pairs(
 
 
 def choose_pairs(
-    candidates: Sequence[Candidate], count: int, rng: np.random.Generator, round_number: int = 0
+    candidates: Sequence[Candidate],
+    count: int,
+    rng: np.random.Generator,
+    round_number: int = 0,
+    asked: Collection[tuple[str, frozenset[str]]] = frozenset(),
 ) -> list[Question]:
-    """Choose pairs of different responses to open prompts: prompts and responses at random, at most a pair a prompt."""
-    usable = [c for c in candidates if c.prompt.task == "open" and len({r.text for r in c.rollouts}) >= 2]
-    questions = []
-    for i in rng.permutation(len(usable))[:count]:
-        texts = sorted({r.text for r in usable[i].rollouts if r.finished}) or sorted(
-            {r.text for r in usable[i].rollouts}
-        )
-        if len(texts) < 2:
+    """Choose pairs of different responses to open prompts: prompts and responses at random, at most a pair a prompt.
+
+    Args:
+        candidates: prompts with samples.
+        count: at most so many.
+        rng: of all chance.
+        round_number: that the questions belong to.
+        asked: prompt ids and the two responses of comparisons that are not to be asked for again.
+    """
+    usable = [c for c in candidates if c.prompt.task == "open"]
+    questions: list[Question] = []
+    for i in rng.permutation(len(usable)):
+        if len(questions) == count:
+            break
+        prompt, rollouts = usable[i].prompt, usable[i].rollouts
+        texts = sorted({r.text for r in rollouts if r.finished}) or sorted({r.text for r in rollouts})
+        pairs = [two for two in combinations(texts, 2) if (prompt.id, frozenset(two)) not in asked]
+        if not pairs:
             continue
-        first, second = rng.choice(len(texts), 2, replace=False)
+        two = pairs[rng.integers(len(pairs))]
+        first = int(rng.integers(2))
         why = "uniform: a random pair on a random open prompt"
-        questions.append(
-            Question("preference", usable[i].prompt, (texts[first], texts[second]), None, why, round_number)
-        )
+        questions.append(Question("preference", prompt, (two[first], two[1 - first]), None, why, round_number))
     return questions
+
+
+def _apl(
+    entropy: Float[ndarray, " P"], groups: Int[ndarray, " N"], margins: Float[ndarray, " N"], count: int
+) -> Float[ndarray, " N"]:
+    """Return the scores of `apl_scores` for each pair, the entropies cut prompt by prompt, not pair by pair."""
+    prompts = np.unique(groups)
+    kept = apl_scores(entropy[prompts], np.ones(len(prompts)), max(0.5, min(1.0, count / len(prompts)))) > -np.inf
+    return np.where(kept[np.searchsorted(prompts, groups)], np.abs(margins), -np.inf)
 
 
 def _thompson(
@@ -183,9 +205,14 @@ def _thompson(
     draws = model.draws(options.features, DRAWS, rng).T
     able = np.bincount(options.prompts, minlength=len(options.kinds)) > 1
     value = np.where(able, disagreement(options, model), -1.0)
-    picks = []
-    for x in np.argsort(-value, kind="stable")[: min(count, int(able.sum()))]:
-        members = np.flatnonzero(options.prompts == x)
+    picks: list[int] = []
+    for x in np.argsort(-value, kind="stable")[: int(able.sum())]:
+        if len(picks) == count:
+            break
+        members, fresh = np.flatnonzero(options.prompts == x), np.flatnonzero(options.prompts[first] == x)
+        if not len(fresh):
+            continue
         two = {int(members[i]) for i in double_thompson_pair(draws[:, members], rng)}
-        picks.append(next(n for n in np.flatnonzero(options.prompts[first] == x) if {first[n], second[n]} == two))
+        same = [n for n in fresh if {first[n], second[n]} == two]
+        picks.append(int(same[0] if same else rng.choice(fresh)))  # the two were compared already
     return np.array(picks, int)
