@@ -55,11 +55,11 @@ def measure_dpo(setting: Setting) -> dict[str, Any]:
     """
     quiet_libraries()
     ids = tokenizer()
-    count = setting.size(64 if setting.model == "micro" else 24, 4)
+    count = setting.size(32, 8, 4)
     rows = texts(count, ids)
     pairs = [pair_of(row, ids) for row in rows]
     rl = RlConfig(
-        algorithm="dpo", epochs=EPOCHS, pairs_per_step=setting.size(16 if setting.model == "micro" else 8, 2),
+        algorithm="dpo", epochs=EPOCHS, pairs_per_step=setting.size(16, 8, 2),
         microbatch_size=MICROBATCH, learning_rate=RATE, nll_coef=0.0,
     )  # fmt: skip
     one, few = replace(rl, epochs=1), rl.pairs_per_step

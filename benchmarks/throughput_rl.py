@@ -53,15 +53,21 @@ def measure_rl(setting: Setting) -> dict[str, Any]:
     """Measure one step of the same size by every trainer: as many samples, minibatches and passes."""
     quiet_libraries()
     ids = tokenizer()
-    micro = setting.model == "micro"
-    asked = prompts(setting.size(16 if micro else 8, 2), ids)
-    samples = setting.size(8, 2)
-    minibatch = setting.size(64 if micro else 32, 2)
+    asked = prompts(setting.size(16, 4, 2), ids)
+    samples = setting.size(8, 8, 2)
+    minibatch = setting.size(64, 16, 2)
     microbatch = min(MICROBATCH, minibatch)
     rl = RlConfig(
-        prompts_per_step=len(asked), samples_per_prompt=samples, max_new_tokens=setting.size(LIMIT, 16), epochs=EPOCHS,
-        minibatch_size=minibatch, microbatch_size=microbatch, learning_rate=RATE, kl_coef=0.05, kl_in="reward",
-    )  # fmt: skip
+        prompts_per_step=len(asked),
+        samples_per_prompt=samples,
+        max_new_tokens=setting.size(LIMIT, LIMIT // 2, 16),
+        epochs=setting.size(EPOCHS, 1, EPOCHS),
+        minibatch_size=minibatch,
+        microbatch_size=microbatch,
+        learning_rate=RATE,
+        kl_coef=0.05,
+        kl_in="reward",
+    )
     arms = [Arm("trlhf", lambda: our_step(setting, ids, asked, rl))]
     for name, trainer, arguments in (("TRL RLOO", RLOOTrainer, RLOOConfig), ("TRL GRPO", GRPOTrainer, GRPOConfig)):
         arms.append(Arm(name, lambda t=trainer, a=arguments: trl_step(t, a, setting, ids, asked, rl)))

@@ -83,7 +83,7 @@ def measure_rollouts(setting: Setting) -> dict[str, Any]:
         AssertionError: they do not.
     """
     ids = tokenizer()
-    asked = prompts(setting.size(32, 4), ids)
+    asked = prompts(setting.size(32, 8, 4), ids)
     greedy = build(setting)
     few = asked[:8]
     expected = generated(greedy, ids, few, 1, False, 12)
@@ -116,10 +116,10 @@ def measure_evaluation(setting: Setting) -> dict[str, Any] | None:
     folder = sft_model(setting)
     ids = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    items = generate("test", setting.size(128, 8))
+    items = generate("test", setting.size(128, 128, 8))
     asked = [item.prompt for item in items]
     gold = {item.prompt.id: item.answer for item in items if item.answer is not None}
-    limit = setting.size(160, 24)
+    limit = setting.size(160, 160, 24)
     answers: dict[str, list[str]] = {}
 
     def ours() -> Done:

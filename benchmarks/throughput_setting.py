@@ -73,9 +73,9 @@ class Setting:
     quick: bool = False
     folder: Path = Path("runs/throughput")
 
-    def size(self, full: int, quick: int) -> int:
-        """Return a size of the smoke test or of the measurement."""
-        return quick if self.quick else full
+    def size(self, full: int, large: int, quick: int) -> int:
+        """Return a size of the measurement of the embedded shape, of a larger one, or of the smoke test."""
+        return quick if self.quick else full if self.model == "micro" else large
 
 
 def tokenizer() -> PreTrainedTokenizerBase:

@@ -117,7 +117,7 @@ def our_config(setting: Setting, folder: Path) -> Config:
     return Config(
         run=RunConfig(dir=str(folder)),
         model=ModelConfig(max_length=MAX_LENGTH),
-        sft=OurConfig(epochs=1, learning_rate=1e-4, batch_size=BATCH, microbatch_size=BATCH, save_steps=10**6),
+        sft=OurConfig(epochs=1, learning_rate=1e-4, batch_size=BATCH, save_steps=10**6),
         hardware=HardwareConfig(device="cuda" if setting.device == "cuda" else "cpu"),
     )
 
@@ -150,7 +150,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     """
     quiet_libraries()
     ids = tokenizer()
-    rows = demonstrations(setting.size(64 if setting.model == "micro" else 32, 16), ids)
+    rows = demonstrations(setting.size(64, 32, 16), ids)
 
     def arms(data: Sequence[EncodedDemonstration]) -> list[Arm]:
         def fresh() -> Any:
