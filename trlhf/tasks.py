@@ -171,6 +171,8 @@ def _demonstrations(config: Config) -> tuple[list[Demonstration], list[RowReport
 
 def _cap_labels(task: Task, config: Config) -> Task:
     """Leave at most ``reward.max_labelled`` of the labels that come with the data, and report the others."""
+    if not config.reward.max_labelled or not (task.labelled or task.pairs):
+        return task  # and load no torch for it: the check needs none
     from trlhf.reward.split import Labels, at_most
 
     given, most = Labels(task.labelled, task.pairs), config.reward.max_labelled

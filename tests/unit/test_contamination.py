@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +341,15 @@ def test_the_stage_lists_what_was_planted_and_nothing_else(
     assert not (run / "sft").exists()
     shown = capsys.readouterr().out
     assert "Evaluation items that stand in the training data" in shown and "5 of 12 sft, 1 of 8 pool" in shown
+
+
+def test_no_torch_is_loaded(planted: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        f"import sys, trlhf; trlhf.run({overrides(planted, tmp_path / 'run', 'stage=check')!r}); "
+        "sys.exit(str({'torch', 'transformers', 'datasets'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "" and (tmp_path / "run" / "check" / "done").exists()
 
 
 def test_against_names_other_sets(planted: dict[str, str], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def grams(sequences: Sequence[NDArray[np.uint32]], n: int, first: int = 0) -> Gr
         first: number of the first sequence.
     """
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    symbols = _mix(np.concatenate(sequences).astype(np.uint64)) if len(sequences) else np.empty(0, dtype=np.uint64)
+    symbols = mix(np.concatenate(sequences).astype(np.uint64)) if len(sequences) else np.empty(0, dtype=np.uint64)
     count = max(0, len(symbols) - n + 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for i in range(n):
@@ -83,7 +83,10 @@ class Table:
     """The different ones among some hashes, in order; says quickly which of many others are among them."""
 
     def __init__(self, hashes: Hashes) -> None:
-        self.hashes: Hashes = np.unique(hashes)
+        ordered = np.sort(hashes)
+        new = np.ones(len(ordered), dtype=np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+        self.hashes: Hashes = ordered[new]  # as np.unique, which takes longer with so many different ones
         self._present = np.zeros(2**_BITS, dtype=np.bool_)
         self._present[self.hashes >> np.uint64(64 - _BITS)] = True
 
@@ -92,7 +95,10 @@ class Table:
 
     def numbers(self, hashes: Hashes) -> Indices:
         """Return the number of each hash in the table; all of them must be in it."""
-        return np.searchsorted(self.hashes, hashes)
+        order = np.argsort(hashes)  # neighbours among the queries are then neighbours in memory
+        found = np.empty(len(hashes), dtype=np.int64)
+        found[order] = np.searchsorted(self.hashes, hashes[order])
+        return found
 
     def hits(self, found: Grams) -> tuple[Grams, Indices]:
         """Return the entries whose hash is in the table, and its number there."""
@@ -130,7 +136,7 @@ class Buckets:
             yield np.repeat(now, sizes[now]), self._order[np.repeat(self._starts[queries[now]], sizes[now]) + within]
 
 
-def _mix(symbols: Hashes) -> Hashes:
+def mix(symbols: Hashes) -> Hashes:
     """Spread small numbers over 64 bits (splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
     mixed = symbols + _BASE
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trlhf.contamination.grams import BATCH, Buckets, Grams, Indices, Table, batches, grams
+from trlhf.contamination.grams import BATCH, Buckets, Grams, Indices, Table, batches, grams, mix
 
 _WORD = re.compile(r"\w+")
 
@@ -93,10 +93,13 @@ def _words(text: str, vocabulary: defaultdict[str, int]) -> NDArray[np.uint32]:
 
 
 def _distinct(parts: Sequence[Grams]) -> Grams:
-    """Return the n-grams of each text once."""
-    hashes, owners = (np.concatenate([getattr(part, name) for part in parts]) for name in ("hashes", "owners"))
-    order = np.lexsort((hashes, owners))
-    hashes, owners = hashes[order], owners[order]
+    """Return the n-grams of each text once, in no order."""
+    hashes = np.concatenate([part.hashes for part in parts])
+    owners = np.concatenate([part.owners for part in parts])
+    both = hashes ^ mix(owners.astype(np.uint64))
+    order = np.argsort(both)
+    both = both[order]
     new = np.ones(len(order), dtype=np.bool_)
-    new[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
-    return Grams(hashes[new], owners[new], np.zeros(int(new.sum()), dtype=np.int64))
+    np.not_equal(both[1:], both[:-1], out=new[1:])
+    chosen = order[new]
+    return Grams(hashes[chosen], owners[chosen], np.zeros(len(chosen), dtype=np.int64))
