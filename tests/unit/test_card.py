@@ -62,7 +62,9 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
         "base→sft": {"mcnemar": {"gained": 170, "lost": 3, "p": 1e-30}},
         "sft→rl": {"mcnemar": {"gained": 90, "lost": 6, "p": 3e-20}, "win_rate": win},
     }
-    finish(made, config, "eval", {"models": models, "paired": paired, "too_long": 0})
+    finish(
+        made, config, "eval", {"models": models, "paired": paired, "too_long": 0, "made": {"rl": made.stage("rl").made}}
+    )
     rows = [
         {"prompt": "What is 2 + 2?", "response": "5", "correct": False, "finished": True},
         {"prompt": "What is 2 + 3?", "response": "Plan: add. The answer is 5.", "correct": True, "finished": True},
@@ -132,7 +134,7 @@ def test_limitations_are_those_of_the_run(run: RunDirectory) -> None:
     ):
         assert told in text
     metrics = {"labels": {"budget": 100.0, "spent": 3.0}, "stopped": "the KL was 60"}
-    run.stage("rl").complete(metrics)
+    (run.path / "rl" / "metrics.json").write_text(json.dumps(metrics))
     assert "- The RL stage ended early: the KL was 60." in card(run).text
 
 
@@ -177,6 +179,23 @@ def test_before_rl_and_before_eval_there_is_less_to_tell(run: RunDirectory) -> N
     assert "It has not been evaluated." in told.text and "Not evaluated: `python -m trlhf stage=eval" in told.text
     assert "It imitates demonstrations only" in told.text and "labels bought" not in told.text
     assert told.data.model_name == "micro-sft"
+
+
+def test_a_model_made_anew_does_not_wear_the_figures_of_the_old(run: RunDirectory) -> None:
+    (run.path / "rl" / "done").write_text("2000-01-01T00:00:00\n")
+    told = card(run)
+    assert told.data.eval_results is None and "It has not been evaluated." in told.text
+
+
+def test_a_licence_that_nobody_named_is_not_invented(run: RunDirectory) -> None:
+    for stage in ("sft", "rl"):
+        values = yaml.safe_load((run.path / stage / "config.yaml").read_text())
+        values["model"]["name"] = "mistralai/Mistral-7B-v0.1"
+        (run.path / stage / "config.yaml").write_text(yaml.safe_dump(values))
+    told = card(run)
+    assert told.data.license is None and "- No licence is stated here; the base and the data have theirs." in told.text
+    assert told.data.base_model == "mistralai/Mistral-7B-v0.1" and told.data.model_name == "Mistral-7B-v0.1-dpo"
+    assert "No licence" not in card(run, "card.license=mit").text
 
 
 def test_an_adapter_has_a_card_of_its_own(run: RunDirectory) -> None:

@@ -51,6 +51,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
+def test_the_sft_adapter_is_the_sft_model(sft: Path) -> None:
+    alone = AutoPeftModelForCausalLM.from_pretrained(sft.parent / "adapter", dtype="float32").eval()
+    assert torch.allclose(logits(alone), logits(load_causal_lm(sft, MODEL)), atol=1e-4)
+
+
 def test_what_came_before_rl_is_in_it(sft: Path, tmp_path: Path) -> None:
     shared = SharedBase(load_causal_lm(sft, MODEL), MODEL)
     policy = shared.add("policy", seed=0)

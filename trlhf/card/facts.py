@@ -47,7 +47,7 @@ class Facts:
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """What ``stage=eval`` says of this model; empty where it was not evaluated, or an earlier one was."""
+        """What ``stage=eval`` says of this model; empty where it was not evaluated."""
         found: Mapping[str, Any] = self.stages.get("eval", {}).get("models", {})
         measured: Mapping[str, Any] = found.get(self.stage, {})
         return measured
@@ -64,6 +64,8 @@ def read_facts(run: RunDirectory) -> Facts:
         run.stage("sft").require("model", made_by="stage=all")
         raise UserError(f"{run.path / 'sft'} is not complete")
     complete = {name: run.stage(name).metrics() for name in FOLDERS if run.stage(name).done}
+    if complete.get("eval", {}).get("made", {}).get(stage) != run.stage(stage).made:
+        complete.pop("eval", None)  # of an earlier model
     return Facts(
         stage=stage,
         config=_config(run, stage, "eval" if "eval" in complete else stage),

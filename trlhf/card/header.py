@@ -23,10 +23,9 @@ def header(facts: Facts, card: CardConfig, name: str, *, adapter: bool) -> Model
         adapter: whether it stands beside an adapter instead of whole weights.
     """
     config = facts.config
-    licence = card.license or ("apache-2.0" if config.model.name == "micro" else None)
     return ModelCardData(
         language=list(card.language),
-        license=licence,
+        license=licence_of(config, card),
         base_model=base_name(config),
         datasets=datasets_of(config, card) or None,
         library_name="peft" if adapter else "transformers",
@@ -35,6 +34,11 @@ def header(facts: Facts, card: CardConfig, name: str, *, adapter: bool) -> Model
         model_name=name,
         eval_results=results(facts),
     )
+
+
+def licence_of(config: Config, card: CardConfig) -> str | None:
+    """Return the licence; the embedded base has the library's, of any other only the user knows."""
+    return card.license or ("apache-2.0" if config.model.name == "micro" else None)
 
 
 def results(facts: Facts) -> list[EvalResult] | None:

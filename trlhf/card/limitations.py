@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trlhf.card.facts import Facts
-from trlhf.card.header import test_set
+from trlhf.card.header import licence_of, test_set
+from trlhf.config import CardConfig
 
 FEW = 1000  # prompts; with fewer an interval is several points wide
 
 
-def limitations(facts: Facts) -> Iterator[str]:
+def limitations(facts: Facts, card: CardConfig) -> Iterator[str]:
     """Yield one sentence each, the general ones last."""
+    if licence_of(facts.config, card) is None:
+        yield "No licence is stated here; the base and the data have theirs."
     yield from _of_the_model(facts)
     yield from _of_the_measurement(facts)
     yield "Nothing was trained or tested for safety: it may follow harmful requests."

@@ -14,7 +14,7 @@ from trlhf.card.header import base_name, header, test_set
 from trlhf.card.limitations import limitations
 
 if TYPE_CHECKING:
-    from trlhf.config import Config
+    from trlhf.config import CardConfig, Config
     from trlhf.run import RunDirectory
 
 CARD = "README.md"
@@ -79,13 +79,13 @@ def card_text(facts: Facts, config: Config, name: str, model: Path, *, adapter: 
         name=name,
         adapter=adapter,
         pushed=config.push,
-        **_values(facts),
+        **_values(facts, config.card),
         **_prompt(facts, model),
     )
     return str(ModelCard(text))  # parsed once: what cannot be read back is not written
 
 
-def _values(facts: Facts) -> dict[str, Any]:
+def _values(facts: Facts, card: CardConfig) -> dict[str, Any]:
     config, contamination = facts.config, facts.stages.get("check")
     models: Mapping[str, Any] = facts.stages.get("eval", {}).get("models", {})
     versions = dict(facts.summary.get("versions", {}))
@@ -112,7 +112,7 @@ def _values(facts: Facts) -> dict[str, Any]:
         "contamination": contamination,
         "sets": [(_last(source), one) for source, one in contamination["sets"].items()] if contamination else [],
         "cleaned": _cleaned(facts),
-        "limitations": list(limitations(facts)),
+        "limitations": list(limitations(facts, card)),
         "percent": lambda value: f"{value:.1%}",
         "percent0": lambda value: f"{value:.0%}",
     }
