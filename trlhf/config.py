@@ -193,6 +193,8 @@ class RlConfig:
     temperature: float = setting(1.0, above=0, remedy="sampling and log-probabilities share it")
     max_new_tokens: int = setting(160, low=1)
     rollout_batch_size: int = setting(128, low=1)  # responses decoded together (whole prompts); the reward stage's too
+    rollout_engine: Literal["transformers", "vllm"] = "transformers"  # vllm: a GPU and pip install 'trlhf[vllm]'
+    vllm_memory: float = setting(0.3, above=0, below=1)  # share of the GPU's memory that vLLM takes, as in TRL
     draws: Literal["stream", "batch"] = "stream"  # random numbers: one stream, or one for each decoded batch
     epochs: int = setting(2, low=1)  # passes over each rollout batch
     minibatch_size: int = setting(64, low=1)  # responses per step; PPO: whole prompts, all their samples

@@ -37,6 +37,8 @@ def hardware_problems(config: Config) -> Iterator[Problem]:
             ("sft.kernels", "hardware.device"),
             "sft.kernels=liger needs a GPU, but hardware.device=cpu; use sft.kernels=torch (or auto)",
         )
+    if config.rl.rollout_engine == "vllm":
+        yield from _vllm(config)
     if config.dry_run:
         return
     for key, value, package, remedy in missing_packages(config):
@@ -55,6 +57,23 @@ def missing_packages(config: Config) -> Iterator[tuple[str, str, str, str]]:
         yield "model.attention", model.attention, *PACKAGES[model.attention]
     if config.sft.kernels == "liger" and config.hardware.device != "cpu" and find_spec("liger_kernel") is None:
         yield "sft.kernels", "liger", "liger_kernel", "pip install liger-kernel"
+    if config.rl.rollout_engine == "vllm" and config.hardware.device != "cpu" and find_spec("vllm") is None:
+        yield "rl.rollout_engine", "vllm", "vllm", "pip install 'trlhf[vllm]'"
+
+
+def _vllm(config: Config) -> Iterator[Problem]:
+    """What vLLM, given the policy's weights as they are, cannot do."""
+    if config.hardware.device == "cpu":
+        yield Problem(
+            ("rl.rollout_engine", "hardware.device"),
+            "rl.rollout_engine=vllm needs a GPU, but hardware.device=cpu; use rl.rollout_engine=transformers",
+        )
+    if config.model.quantization != "none":
+        yield Problem(
+            ("rl.rollout_engine", "model.quantization"),
+            f"rl.rollout_engine=vllm takes plain weights, but model.quantization={config.model.quantization}; use "
+            "rl.rollout_engine=transformers, or model.quantization=none",
+        )
 
 
 def _device(config: Config) -> Iterator[Problem]:
@@ -69,6 +88,8 @@ def _device(config: Config) -> Iterator[Problem]:
 
 
 def _instead(key: str) -> str:
-    return {"model.quantization": "model.quantization=none", "model.attention": "model.attention=auto"}.get(
-        key, "sft.kernels=auto"
-    )
+    return {
+        "model.quantization": "model.quantization=none",
+        "model.attention": "model.attention=auto",
+        "rl.rollout_engine": "rl.rollout_engine=transformers",
+    }.get(key, "sft.kernels=auto")

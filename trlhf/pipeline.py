@@ -279,6 +279,10 @@ def _rl(config: Config, run: RunDirectory, task: Task) -> None:
     held_out = frozenset(prompt.id for prompt in pool if sides.get(prompt_key(prompt)))
     with _ledger(config, run) as ledger:
         roles = keep(load_roles, config, sft, reward_dir, backbone_of(reward_dir), choose_device(config))
+        if config.rl.rollout_engine == "vllm":
+            from trlhf.vllm_engine import load_engine
+
+            roles.policy.engine = load_engine(config, roles.policy, sft)
         refit = Refitter(reward_dir, config, Labels(task.labelled, task.pairs), roles.reward)
         inputs = RlInputs(
             pool, sft, roles, ledger, task.labeler(config), archive, refit, held_out, refit.forks, refit.liking

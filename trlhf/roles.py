@@ -18,6 +18,7 @@ from trlhf.seeding import derive_seed
 
 if TYPE_CHECKING:
     from trlhf.config import Config, ModelConfig
+    from trlhf.vllm_engine import VllmEngine
 
 REWARD_ADAPTER = "reward"  # in memory; on disk it lies in the reward stage's ``adapter``
 SFT_ADAPTER = "sft"  # of a quantised base: what SFT learned stays an adapter, since merging would be quantised away
@@ -34,6 +35,7 @@ class Role:
 
     def __init__(self, model: PreTrainedModel, base: SharedBase | None = None, adapter: str | None = None) -> None:
         self.model, self.base, self.adapter = model, base, adapter
+        self.engine: VllmEngine | None = None  # draws responses in place of the model itself
 
     @contextmanager
     def acting(self) -> Iterator[PreTrainedModel]:

@@ -63,9 +63,12 @@ def sample_as(
     """Draw responses of a role, all processes together; arguments as for `sample_responses`.
 
     Args:
-        role: with ``tokenizer``, made by `trlhf.crew.keep` where there are several processes.
+        role: with ``tokenizer``, made by `trlhf.crew.keep` where there are several processes; its engine, if it has
+            one, draws the responses, with random numbers of its own.
         seed: of the generator.
     """
+    if role.engine is not None:
+        return role.engine.sample(prompts, sampling, advance)
     return together(_sample_as, role, tokenizer, list(prompts), sampling, seed, advance=advance)
 
 
@@ -128,7 +131,7 @@ def sample_responses(
         drawn = _decode(model, tokenizer, [encoded[i] for i in chosen], sampling, draws)
         for place, i in enumerate(chosen):
             rows = drawn[place * sampling.samples : (place + 1) * sampling.samples]
-            own[i] = [_rollout(prompts[i], tokenizer, tokens, logprobs) for tokens, logprobs in rows]
+            own[i] = [rollout_of(prompts[i], tokenizer, tokens, logprobs) for tokens, logprobs in rows]
         advance(len(chosen))
     model.train(was_training)
     found = {i: rollouts for part in gather(own) for i, rollouts in part.items()}
@@ -137,7 +140,8 @@ def sample_responses(
     return [found[i] for i in range(len(prompts))]
 
 
-def _rollout(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float]) -> Rollout:
+def rollout_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float]) -> Rollout:
+    """Return the rollout that sampled tokens are, EOS included where it was sampled."""
     finished = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
     text = str(tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=False)).strip()
     answer = extract_answer(text) if prompt.task == "exact" and finished else None

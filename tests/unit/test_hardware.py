@@ -289,6 +289,12 @@ def test_contradictions(overrides: list[str], message: str) -> None:
             "nf4",
             "bitsandbytes, which is not installed; pip install 'trlhf[quantized]', or",
         ),
+        (
+            "rl",
+            "rollout_engine",
+            "vllm",
+            "vllm, which is not installed; pip install 'trlhf[vllm]', or use rl.rollout_engine=transformers",
+        ),
     ],
 )
 def test_a_missing_package_is_named_and_a_dry_run_needs_none(
