@@ -126,5 +126,6 @@ def _dated(root: Path) -> RunDirectory:
                 continue
         run = RunDirectory(path)
         run.lock()
+        run.dated = True
         return run
     raise UserError(f"{root / name}: a thousand runs have begun in this second; give run.dir=…")

@@ -138,6 +138,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.continued = False  # whether an earlier process had begun it
+        self.dated = False  # whether this process made it, and chose its name
         self._lock: IO[str] | None = None
         self._tracking: Tracking | None = None
 
@@ -243,6 +244,13 @@ class RunDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+        if self.dated and isinstance(error, UserError) and not self._worked():
+            shutil.rmtree(self.path, ignore_errors=True)  # nobody asked for it, and there is nothing in it to go on from
+
+    def _worked(self) -> bool:
+        """Say whether a stage has begun, or a label was bought."""
+        found = (item.name for name in FOLDERS for item in (self.path / name).glob("*"))
+        return self.ledger.exists() or any(name != "config.yaml" for name in found)
 
 
 def planned(config: Config) -> tuple[str, ...]:

@@ -238,6 +238,22 @@ def test_dated_folder_and_continuing(tmp_path: Path) -> None:
         assert different.path not in (first.path, other.path) and not different.continued
 
 
+def test_a_dated_folder_goes_with_a_mistake_before_any_work(tmp_path: Path) -> None:
+    def fail(error: Exception, work: bool, where: Path | None = None) -> Path:
+        root = tmp_path / f"{type(error).__name__}-{work}"
+        with pytest.raises(type(error)), open_run(config(where), root) as run:
+            if work:
+                files.write_bytes(run.path / "sft" / "begun", b"0.0")
+            raise error
+        return run.path
+
+    mistake = UserError("data.sft=chats.jsonl does not exist")
+    assert not fail(mistake, work=False).exists()
+    assert fail(mistake, work=False, where=tmp_path / "mine").exists()  # somebody named it
+    assert fail(mistake, work=True).exists()
+    assert fail(ValueError("a bug"), work=False).exists()  # its log is wanted
+
+
 def test_another_stage_is_another_run_unless_named(tmp_path: Path) -> None:
     with open_run(config(stage="sft"), tmp_path) as first, open_run(config(stage="reward"), tmp_path) as second:
         assert first.path != second.path
