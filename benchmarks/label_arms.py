@@ -54,6 +54,11 @@ def _score(words: str, acquisition: str) -> Arm:
     return Arm(words, ("targeting=full", f"targeting.acquisition={acquisition}"))
 
 
+def _part(words: str, override: str) -> Arm:
+    """Return the whole method with a part that is off by default."""
+    return Arm(f"full tRLHF, {words}", ("targeting=full", override))
+
+
 def _label_free(words: str, reward: str) -> Arm:
     return Arm(words, ("targeting=uniform", "rl.unverified_share=1", f"rl.unverified_reward={reward}"), "none")
 
@@ -86,6 +91,9 @@ ARMS = {
     "double_thompson": _score("double Thompson", "double_thompson"),
     "apl": _score("APL", "apl"),
     "full_dpo": Arm("full tRLHF, DPO", ("targeting=full", "rl=dpo")),
+    "full_posterior": _part("pass rates by their posterior", "targeting.pass_rates=posterior"),
+    "full_anchor_control": _part("anchors' own controller", "rl.anchor_kl_target=0.01"),
+    "full_interpolate": _part("weights interpolated", "rl.interpolate=true"),
 }
 FULL = "full"
 UNIFORM = (
