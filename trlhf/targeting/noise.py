@@ -19,9 +19,9 @@ def flip_rate_from(evidence: Sequence[float]) -> float:
     """Return the posterior median of ε, the chance that a verdict is the opposite of the truth.
 
     The prior is log-uniform on [`LOWEST`, `HIGHEST`], p(ε) ∝ 1/ε, whose median is `FLIP_RATE`: people seldom err, but
-    how seldom is not known to within a factor of ten. (A half-Cauchy of this median falls with 1/ε² and drew the
-    estimates from 250 labels down by two to three points more.) Below the least of `RATES` the evidence counts as at
-    it. Evidence that is the same everywhere gives the prior's median.
+    how seldom is not known to within a factor of ten. (A half-Cauchy of this median falls with 1/ε² and drew estimates
+    from 250 labels down by a point more.) Below the least of `RATES` the evidence counts as at it. Evidence that is the
+    same everywhere gives the prior's median.
 
     Args:
         evidence: log P(labels | ε) at each of `RATES`, in nats; a constant in it does not matter.
