@@ -18,9 +18,9 @@ from trlhf.rl.ask import (
     check_uncertainty,
     choose_repeats,
     choose_targeted,
+    flip_rate,
     look,
     may_be_asked,
-    repeated_verdicts,
 )
 from trlhf.rl.judge import REFERENCE, AnswerJudge, texts_of, verdicts_of
 from trlhf.rl.round import majority
@@ -202,38 +202,20 @@ def test_a_table_at_another_rate_of_errors_is_the_table_that_is_built_with_it(tm
 def test_repeats_are_of_verdicts_asked_once() -> None:
     told = [label("a", "1", "right"), label("b", "1", "wrong"), label("b", "1", "wrong", 1, 1)]
     prompts = {name: prompt(name) for name in "ab"}
-    (one,) = choose_repeats(told, prompts, 5, {}, np.random.default_rng(0), 2)
+    (one,) = choose_repeats(told, prompts, 5, np.random.default_rng(0), 2)
     assert (one.question.prompt.id, one.question.repeat, one.question.round, one.part) == ("a", 1, 2, "repeat")
-    assert repeated_verdicts(told) == 1
 
 
-def test_verdicts_that_may_well_be_wrong_are_asked_again_first_and_equal_doubts_by_chance() -> None:
-    told = [label(name, "1", "right") for name in "abcdef"]
-    prompts = {name: prompt(name) for name in "abcdef"}
-    doubts = {("b", "1"): 0.3, ("e", "1"): 0.6, ("f", "1"): 0.99}
-
-    def chosen(seed: int) -> list[str]:
-        found = choose_repeats(told, prompts, 4, doubts, np.random.default_rng(seed), 2)
-        return [x.question.prompt.id for x in found]
-
-    assert all(chosen(seed)[:3] == ["e", "b", "f"] for seed in range(5))  # by d(1-d): 0.24, 0.21, 0.01
-    assert {chosen(seed)[3] for seed in range(20)} == set("acd")
-
-
-def test_a_verdict_is_doubted_where_the_samples_and_the_other_labels_speak_against_it(tmp_path: Path) -> None:
-    pool = [Candidate(prompt(f"u{n}"), rollouts(f"u{n}", ["1"] * 8)) for n in range(24)]
-    told = [label(f"u{n}", "1", "right" if n else "wrong") for n in range(23)] + [label("u23", "7", "right")]
-    judge = judge_of(tmp_path, pool, told)
-    prompts, sampled = [c.prompt for c in pool], [[texts_of(c.rollouts)] for c in pool]
-    judge.fit(prompts, sampled, verdicts_of(told), 0.1)
-    doubts = judge.doubts()
-    assert set(doubts) == {(f"u{n}", "1") for n in range(23)} | {("u23", "7")}
-    assert judge.model is not None
-    p = judge.model.probabilities(judge.table(prompts, [x for (x,) in sampled], [8] * 24).answers)
-    assert doubts["u0", "1"] == pytest.approx(p[0], abs=1e-6)  # found wrong: an error if it is right
-    assert doubts["u5", "1"] == pytest.approx(1 - p[5], abs=1e-6)
-    assert doubts["u23", "7"] == pytest.approx(p[23], abs=1e-6)  # not among the samples: right if theirs is not
-    assert doubts["u0", "1"] > 0.2 > 0.05 > doubts["u5", "1"]
+def test_the_noise_is_estimated_from_repeats() -> None:
+    assert flip_rate([]) == (pytest.approx(0.02), 0)
+    rng = np.random.default_rng(0)
+    for true in (0.0, 0.1, 0.2, 0.3):
+        told = []
+        for n in range(400):
+            for repeat in (0, 1):
+                told.append(label(str(n), "1", "right" if rng.random() > true else "wrong", 0, repeat))
+        estimate, pairs = flip_rate(told)
+        assert pairs == 400 and abs(estimate - true) < 0.05
 
 
 def test_the_judge_takes_labels_for_as_reliable_as_they_prove_to_be(tmp_path: Path) -> None:

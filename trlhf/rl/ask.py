@@ -69,7 +69,6 @@ class Outlook:
         mixed: U of each prompt of the table: P(a group of samples is mixed), [P].
         refused: reason of the gate → ids of the prompts refused for it.
         implicit: β·log π/π_ref of a response with each answer, [C]; only for APL.
-        doubts: P(a verdict so far is the opposite of the truth) by prompt id and answer.
     """
 
     table: AnswerTable
@@ -79,7 +78,6 @@ class Outlook:
     mixed: Float[ndarray, " P"]
     refused: dict[str, list[str]] = field(default_factory=dict)
     implicit: Float[ndarray, " C"] | None = None
-    doubts: Mapping[tuple[str, str | None], float] = field(default_factory=dict)
 
 
 def look(table: AnswerTable, model: AnswerModel, group: int) -> Outlook:
@@ -224,47 +222,34 @@ def _apl(
 
 
 def choose_repeats(
-    labels: Sequence[Label],
-    prompts: Mapping[str, Prompt],
-    count: int,
-    doubts: Mapping[tuple[str, str | None], float],
-    rng: np.random.Generator,
-    number: int,
+    labels: Sequence[Label], prompts: Mapping[str, Prompt], count: int, rng: np.random.Generator, number: int
 ) -> list[Chosen]:
-    """Choose, among the verdicts asked once, those to be asked again: where it is least clear whether they err.
-
-    A second answer then says whether the model or the person was wrong, which is how often labels err and what is
-    right on that prompt. The evidence for ε takes all labels together, so that the choice does not bias it.
-
-    Args:
-        labels: so far.
-        prompts: that may be asked about.
-        count: at most so many.
-        doubts: P(the verdict is the opposite of the truth) by prompt id and answer; 0 where nothing is known.
-        rng: decides between equal doubts.
-        number: of the round.
-    """
+    """Choose at random, among the verdicts asked once, some to be asked again: how often do answers differ?"""
     asked = Counter((x.prompt_id, x.answer) for x in labels if x.kind == "verdict")
     once = [x for x in labels if x.kind == "verdict" and asked[x.prompt_id, x.answer] == 1 and x.prompt_id in prompts]
-    doubt = np.array([doubts.get((x.prompt_id, x.answer), 0.0) for x in once])
-    order = rng.permutation(len(once))
-    order = order[np.argsort(-(doubt * (1 - doubt))[order], kind="stable")][:count]
+    why = "repeat: asked once before, to measure how often answers differ"
     return [
         Chosen(
-            Question(
-                "verdict", prompts[once[i].prompt_id], once[i].responses, once[i].answer,
-                f"repeat: asked once before, P(that verdict was wrong) {doubt[i]:.2f}", number, 1,
-            ),
-            REPEAT,
+            Question("verdict", prompts[once[i].prompt_id], once[i].responses, once[i].answer, why, number, 1), REPEAT
         )
-        for i in order
-    ]  # fmt: skip
+        for i in rng.permutation(len(once))[:count]
+    ]
 
 
-def repeated_verdicts(labels: Sequence[Label]) -> int:
-    """Return how many questions were answered more than once."""
-    asked = Counter((label.prompt_id, label.answer) for label in labels if label.kind == "verdict")
-    return sum(times > 1 for times in asked.values())
+def flip_rate(labels: Sequence[Label], prior: float = 0.02, weight: float = 25.0) -> tuple[float, int]:
+    """Estimate the chance ε that a verdict is flipped from those that were asked twice; return it and their number.
+
+    Two answers to one question differ with probability 2ε(1-ε). The share of differing pairs is shrunk towards that of
+    ``prior``, which counts as ``weight`` pairs, and is held within [0.005, 0.45].
+    """
+    outcomes: dict[tuple[str, str | None], list[str]] = {}
+    for label in labels:
+        if label.kind == "verdict":
+            outcomes.setdefault((label.prompt_id, label.answer), []).append(label.outcome)
+    pairs = [found[:2] for found in outcomes.values() if len(found) > 1]
+    differing = sum(a != b for a, b in pairs)
+    share = (differing + weight * 2 * prior * (1 - prior)) / (len(pairs) + weight)
+    return float(np.clip((1 - np.sqrt(max(0.0, 1 - 2 * share))) / 2, 0.005, 0.45)), len(pairs)
 
 
 def check_uncertainty(predictions: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> TrustTest:

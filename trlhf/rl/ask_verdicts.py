@@ -107,8 +107,7 @@ class VerdictChooser:
         """Choose targeted verdicts, a uniform slice and repeats; without trust in the model, all at random."""
         targeting, decided = self.targeting, self.decided
         known = {prompt.id: prompt for prompt in self.trainer.pool}
-        again = round(count * targeting.repeat_share)
-        repeats = choose_repeats(self.labels, known, again, outlook.doubts, self.rng, self.number)
+        repeats = choose_repeats(self.labels, known, round(count * targeting.repeat_share), self.rng, self.number)
         count -= len(repeats)
         at_random = round(count * targeting.uniform_share)
         test = self._trust()

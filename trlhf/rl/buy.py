@@ -13,7 +13,7 @@ from trlhf.knowledge import Knowledge
 from trlhf.labelling import Archive, settle_questions
 from trlhf.models import encode_prompt
 from trlhf.rl.anchors import find_anchors
-from trlhf.rl.ask import Outlook, look, repeated_verdicts
+from trlhf.rl.ask import Outlook, flip_rate, look
 from trlhf.rl.ask_pairs import ask_pairs, fit_taste, note_taste, open_candidates
 from trlhf.rl.ask_verdicts import BY_ANSWERS, VerdictChooser
 from trlhf.rl.candidates import more_plain, sample_candidates
@@ -112,9 +112,7 @@ def _outlook(trainer: Round, candidates: Sequence[Candidate], labels: Sequence[L
     judge = trainer.fit_judge(labels)
     assert judge is not None and judge.model is not None
     table = judge.table(prompts, texts, [len(candidate.rollouts) for candidate in candidates])
-    outlook = look(table, judge.model, trainer.config.rl.samples_per_prompt)
-    outlook.doubts = judge.doubts()
-    return outlook
+    return look(table, judge.model, trainer.config.rl.samples_per_prompt)
 
 
 def _note_pass_rates(trainer: Round, candidates: Sequence[Candidate], knowledge: Knowledge) -> None:
@@ -163,6 +161,9 @@ def _outcome(
     verdicts = [label for label in bought if label.kind == "verdict"]
     right = sum(label.outcome == "right" for label in verdicts)
     rates = list(state.pass_rates.values())
+    error, pairs = flip_rate(labels)
+    if trainer.judge is not None:
+        error = trainer.flip_rate
     decided_by_labels = knowledge.verifiable_prompts()
     held = {anchor.prompt_id for anchor in state.anchors}.union(decided_by_labels)
     least = trainer.config.targeting.least_trust
@@ -177,8 +178,8 @@ def _outcome(
         "mixed": sum(0 < rate < 1 for rate in rates),
         "frontier": describe_frontier(state, trainer.pool, trainer.config.rl.samples_per_prompt),
         "judged_with_trust": trusted,
-        "repeated_verdicts": repeated_verdicts(labels),
-        "estimated_flip_rate": trainer.flip_rate,
+        "repeated_verdicts": pairs,
+        "estimated_flip_rate": error,
         "anchors": len(state.anchors),
         "questions": [{"kind": q.kind, "prompt": q.prompt.id, "answer": q.answer, "why": q.why} for q in questions],
     }

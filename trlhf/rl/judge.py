@@ -73,7 +73,6 @@ class AnswerJudge:
         self.features, self.folder, self.flip_rate = features, folder, FLIP_RATE
         self.model: AnswerModel | None = None
         self.verdicts: Verdicts = {}
-        self._fitted: tuple[list[str], AnswerTable] | None = None  # ids of the labelled prompts, their answers
         self.cache: Cache = {} if cache is None else cache
         self._whitening: Whitening | None = None
         self._reference: dict[str, dict[str, float]] = {}
@@ -172,28 +171,7 @@ class AnswerJudge:
         if flip_rate is None:
             flip_rate = flip_rate_from([left_out_log_likelihood(table.at(rate), rate) for rate in RATES])
         self.flip_rate = flip_rate
-        answers = table.at(flip_rate)
-        self.model = fit_answers(answers, flip_rate)
-        self._fitted = [prompts[i].id for i in table.places], replace(table, answers=answers)
-
-    def doubts(self) -> dict[tuple[str, str], float]:
-        """Return P(the verdict is the opposite of the truth | all labels) by prompt id and judged answer.
-
-        Of the verdicts that `fit` was told, where the prompt's samples have an answer; of several on one answer, the
-        last one's.
-        """
-        assert self.model is not None and self._fitted is not None, "doubts: fit first"
-        ids, table = self._fitted
-        p, found = self.model.probabilities(table.answers), dict[tuple[str, str], float]()
-        for number, (name, told) in enumerate(zip(ids, table.told, strict=True)):
-            rows = np.flatnonzero(table.answers.prompts == number)
-            right = {table.names[row]: float(p[row]) for row in rows}
-            none = max(0.0, 1 - sum(right.values()))
-            for (about, said), (written, _) in zip(told, self.verdicts[name], strict=True):
-                # An answer that was found right and is not among the samples is what "none of these" stands for.
-                truth = right.get(about, none if said else 0.0)
-                found[name, written] = settled(1 - truth if said else truth)
-        return found
+        self.model = fit_answers(table.at(flip_rate), flip_rate)
 
     def judge(
         self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]], rng: np.random.Generator
