@@ -25,8 +25,9 @@ from trlhf.knowledge import Knowledge
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.reward.solve import fit_heads, pose
 from trlhf.reward.table import LabelTable, bootstrap_weights
+from trlhf.rl.answer_table import AnswerTable
 from trlhf.rl.ask import Outlook, choose_targeted, look, may_be_asked
-from trlhf.rl.judge import AnswerJudge, AnswerTable, texts_of, verdicts_of
+from trlhf.rl.judge import AnswerJudge, texts_of, verdicts_of
 from trlhf.seeding import numpy_rng
 from trlhf.targeting.answers import FLIP_RATE
 from trlhf.targeting.choose import Candidate, choose_verdicts

@@ -27,7 +27,7 @@ import trlhf.tasks
 from trlhf.config import Config
 from trlhf.files import write_json
 from trlhf.labelers.exact import ExactVerifier
-from trlhf.rl.judge import AnswerTable
+from trlhf.rl.answer_table import AnswerTable
 from trlhf.targeting import Answers, fit_answers
 from trlhf.types import Prompt, Question
 

@@ -274,7 +274,7 @@ def test_held_out_prompts_are_sampled_alike_in_every_process(tiny_model_dir: Pat
         patch.setattr("trlhf.rl.monitor.pass_rates", lambda prompts, sampled, _: drawn.append(sampled))
         rates(1, 0), rates(1, 1), rates(2, 0)
     assert drawn[0] == drawn[1] != drawn[2]
-    assert [len(rollouts) for rollouts in drawn[0]] == [3] * 6
+    assert [len(rollouts) for rollouts in drawn[0]] == [4 * 3] * 6
     assert rates(1, 0) == dict.fromkeys(HELD, 0.0)  # so small a model is never right
 
 

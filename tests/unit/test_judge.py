@@ -188,6 +188,17 @@ def test_only_prompts_of_the_frontier_where_that_is_asked(tmp_path: Path) -> Non
     assert not allowed[-1] and allowed[:2].all()
 
 
+def test_a_table_at_another_rate_of_errors_is_the_table_that_is_built_with_it(tmp_path: Path) -> None:
+    pool = candidates(12)
+    told = [label("a0", "1", "right"), label("b1", "1", "wrong"), label("c2", "9", "right"), label("c2", "2", "wrong")]
+    judge = judge_of(tmp_path, pool, told)
+    args = [c.prompt for c in pool], [texts_of(c.rollouts) for c in pool], [len(c.rollouts) for c in pool]
+    before, judge.flip_rate = judge.table(*args), 0.3
+    after = judge.table(*args).answers
+    np.testing.assert_array_equal(before.at(0.3).likelihoods(), after.likelihoods())
+    assert not np.array_equal(before.answers.likelihoods(), after.likelihoods())
+
+
 def test_repeats_are_of_verdicts_asked_once() -> None:
     told = [label("a", "1", "right"), label("b", "1", "wrong"), label("b", "1", "wrong", 1, 1)]
     prompts = {name: prompt(name) for name in "ab"}

@@ -15,10 +15,10 @@ from trlhf.config import LABEL_RULES, UPDATE_RULES, build_config
 from trlhf.errors import ConfigError
 from trlhf.knowledge import Knowledge
 from trlhf.rl.anchors import Anchor
+from trlhf.rl.answer_table import AnswerTable
 from trlhf.rl.ask_verdicts import idle_stop_rules
 from trlhf.rl.checkpoint import Progress
 from trlhf.rl.health import after_record, after_step, new_health, protected
-from trlhf.rl.judge import AnswerTable
 from trlhf.rl.label_gain import label_gains
 from trlhf.rl.monitor import measure_anchors, record_round
 from trlhf.rl.outliers import count_outliers

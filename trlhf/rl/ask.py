@@ -13,7 +13,8 @@ from numpy import ndarray
 
 from trlhf.config import TargetingConfig
 from trlhf.knowledge import Knowledge
-from trlhf.rl.judge import DRAWS, AnswerTable, settled
+from trlhf.rl.answer_table import AnswerTable
+from trlhf.rl.judge import DRAWS, settled
 from trlhf.targeting.acquisition import d_optimal_batch, query_information, top_batch, v_optimal_batch
 from trlhf.targeting.answers import AnswerModel
 from trlhf.targeting.baselines import apl_scores, double_thompson, least_agreed_scores, max_entropy_scores

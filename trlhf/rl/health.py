@@ -146,9 +146,9 @@ def is_over_optimised(rounds: Sequence[RoundResult], patience: int) -> bool:
     in the best round, and its mean training reward is higher than the best round's. Goodhart's signature, after Gao et
     al., https://arxiv.org/abs/2210.10760.
 
-    False alarms on pure noise (16 prompts of any difficulty, 8 samples, 4 rounds, patience 2), 5,000 runs: 1.6% where
-    the reward rises in every round, 0.6% where it is noise too; with 8 rounds 7.5% and 2.9%, since the best of many
-    rounds is partly luck; with patience 1 already 14% and 7% in 4 rounds.
+    False alarms on pure noise (16 prompts of any difficulty, 32 samples, 4 rounds, patience 2), 4,000 runs: 1.8% where
+    the reward rises in every round, 0.4% where it is noise too; with 8 rounds 7.3% and 3.1%, since the best of many
+    rounds is partly luck; with patience 1 already 14% and 7% in 4 rounds. 8 samples give the same within the error.
     """
     before = rounds[:-patience] if patience else []
     best = best_round(before)

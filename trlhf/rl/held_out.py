@@ -8,6 +8,7 @@ from trlhf.knowledge import Knowledge
 from trlhf.targeting.choose import Candidate
 from trlhf.types import Label, Prompt, Rollout
 
+TIMES = 4  # as many samples of each as training draws: so few prompts need more to tell rounds apart
 FEWEST = 5  # prompts; fewer say nothing
 FEWEST_TO_CHOOSE = 8  # for rl.interpolate: fewer choose by chance
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 
 from trlhf import files
 from trlhf.evaluation.answers import same_answer
+from trlhf.rl.answer_table import AnswerTable
 from trlhf.targeting.answer_fit import fit_answers, left_out_log_likelihood
-from trlhf.targeting.answers import FLIP_RATE, AnswerModel, Answers, label_likelihood
+from trlhf.targeting.answers import FLIP_RATE, AnswerModel, Answers
 from trlhf.targeting.noise import RATES, flip_rate_from
 from trlhf.targeting.whitening import Whitening
 from trlhf.types import Label, Prompt, Rollout
@@ -41,27 +42,6 @@ class Judgement:
 
     rewards: tuple[float, ...]
     trust: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class AnswerTable:
-    """The answers of several prompts.
-
-    Attributes:
-        answers: as the model sees them.
-        names: each answer, as the samples wrote it, [C].
-        counts: samples that end in it, [C].
-        texts: one of its texts, [C].
-        places: index of each of the P prompts among those given; prompts without any answer are left out.
-        samples: of each of these prompts, those without an answer included, [P].
-    """
-
-    answers: Answers
-    names: tuple[str, ...]
-    counts: Int[ndarray, " C"]
-    texts: tuple[str, ...]
-    places: tuple[int, ...]
-    samples: Int[ndarray, " P"]
 
 
 def verdicts_of(labels: Sequence[Label]) -> dict[str, list[tuple[str, bool]]]:
@@ -122,7 +102,7 @@ class AnswerJudge:
         assert self._whitening is not None, "whiten_on or load first"
         pooled = np.zeros((0, self._whitening.map.shape[1])) if read is None else self._whitening(read)
         features, names, counts, shares, numbers, kept = [], [], [], [], [], []
-        likelihood, likelihood_none, places = list[float](), [], []
+        told, places = list[list[tuple[str, bool]]](), list[int]()
         first = 0  # row of a prompt's first text
         for i, found in enumerate(texts):
             if not found:
@@ -132,12 +112,7 @@ class AnswerJudge:
             for n in range(first, first + len(found)):
                 by_answer.setdefault(rows[n][2], []).append(n)
             first += len(found)
-            told = [(_matching(about, by_answer), right) for about, right in self.verdicts.get(prompts[i].id, ())]
-            elsewhere = [about for about, right in told if right and about not in by_answer]
-            # "None of these" stands for an answer that was found right and is not among the samples.
-            likely, none = label_likelihood([*by_answer, *elsewhere[:1]], told, self.flip_rate)
-            likelihood += likely[: len(by_answer)].tolist()
-            likelihood_none.append(float(likely[-1]) if elsewhere else none)
+            told.append([(_matching(about, by_answer), right) for about, right in self.verdicts.get(prompts[i].id, ())])
             for answer, members in by_answer.items():
                 weights = np.array([rows[n][3] for n in members], float)
                 features.append(weights @ pooled[members] / weights.sum())
@@ -150,11 +125,12 @@ class AnswerJudge:
             np.array(features).reshape(len(names), pooled.shape[1]),
             np.array(shares, float),
             np.array(numbers, int),
-            np.array(likelihood, float),
-            np.array(likelihood_none, float),
+            np.ones(len(names)),
+            np.ones(len(places)),
         )
-        of = np.array([samples[i] for i in places], int)
-        return AnswerTable(answers, tuple(names), np.array(counts, int), tuple(kept), tuple(places), of)
+        of, many = np.array([samples[i] for i in places], int), np.array(counts, int)
+        found = AnswerTable(answers, tuple(names), many, tuple(kept), tuple(places), of, tuple(told))
+        return replace(found, answers=found.at(self.flip_rate))
 
     def fit(
         self,
@@ -191,13 +167,11 @@ class AnswerJudge:
             texts.append(merged)
         samples = [max(1, sum(n for _, n in found.values())) for found in texts]
 
-        def answers_at(rate: float) -> Answers:
-            self.flip_rate = rate
-            return self.table(prompts, texts, samples, known).answers
-
+        table = self.table(prompts, texts, samples, known)
         if flip_rate is None:
-            flip_rate = flip_rate_from([left_out_log_likelihood(answers_at(rate), rate) for rate in RATES])
-        self.model = fit_answers(answers_at(flip_rate), flip_rate)
+            flip_rate = flip_rate_from([left_out_log_likelihood(table.at(rate), rate) for rate in RATES])
+        self.flip_rate = flip_rate
+        self.model = fit_answers(table.at(flip_rate), flip_rate)
 
     def judge(
         self, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Rollout]], rng: np.random.Generator

@@ -11,7 +11,7 @@ from trlhf.rl import checkpoint
 from trlhf.rl.checkpoint import Learner
 from trlhf.rl.frontier import describe_frontier
 from trlhf.rl.health import after_record, after_round, after_step, mean
-from trlhf.rl.held_out import FEWEST, pass_rates
+from trlhf.rl.held_out import FEWEST, TIMES, pass_rates
 from trlhf.rl.records import Record
 from trlhf.rl.round import Round, decisions_file
 from trlhf.rollout import Sampling, sample_as
@@ -99,11 +99,15 @@ def _why_none(rl: RlConfig) -> str:
 
 
 def measure_held_out(trainer: Round) -> tuple[dict[str, float] | None, float | None]:
-    """Sample the held-out prompts as training does; return pass rates and mean length, None where there are none."""
+    """Sample the held-out prompts as training does, `TIMES` as often each.
+
+    Returns:
+        Pass rates and the responses' mean length, None where there are no such prompts.
+    """
     prompts, rl = trainer.held_out, trainer.config.rl
     if not prompts:
         return None, None
-    sampling = Sampling.of(rl, rl.samples_per_prompt)
+    sampling = Sampling.of(rl, TIMES * rl.samples_per_prompt)
     seed = derive_seed(trainer.config.seed, "rl", "held_out", trainer.state.round)
     sampled = sample_as(trainer.policy, trainer.tokenizer, prompts, sampling, seed)
     lengths = [len(rollout.token_ids) for rollouts in sampled for rollout in rollouts]

@@ -9,7 +9,8 @@ import numpy as np
 import safetensors.numpy
 
 from trlhf import files
-from trlhf.rl.judge import AnswerTable, settled
+from trlhf.rl.answer_table import AnswerTable
+from trlhf.rl.judge import settled
 from trlhf.targeting.choose import Candidate
 from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, mahalanobis_distances, outlier_bound
 
