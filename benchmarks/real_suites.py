@@ -1,9 +1,9 @@
-"""Claim: real AGIEval and GSM8K go through `evaluation=agieval` and `evaluation=reasoning`, and a tiny model is near chance.
+"""Claim: real AGIEval and GSM8K go through the suites ``agieval`` and ``reasoning``, and a tiny model is near chance.
 
 ``TRLHF_SHARED_DATA=FOLDER python benchmarks/real_suites.py`` makes offline copies of both from the files as published
-(``FOLDER/agieval``, ``FOLDER/gsm8k``), asks every question of AGIEval's eight English multiple-choice tasks and of GSM8K's
-test, and, as a file of one's own, AGIEval's selection of MATH, with the embedded base. It knows one small generated
-world: what is shown is that the whole way runs and that chance is told from skill, not what a model can do.
+(``FOLDER/agieval``, ``FOLDER/gsm8k``), asks every question of AGIEval's eight English multiple-choice tasks and of
+GSM8K's test, and, as a file of one's own, AGIEval's selection of MATH, with the embedded base. It knows one small
+generated world: what is shown is that the whole way runs and that chance is told from skill, not what a model can do.
 """
 
 from __future__ import annotations
@@ -33,14 +33,8 @@ def measure(shared: Path, folder: Path, model: str, limit: int, votes: int) -> d
     """Ask everything; return suite → task → entry, and the published rows that were printed beside."""
     mirror.main([str(folder / "mirror"), f"agieval={shared / 'agieval'}", f"gsm8k={shared / 'gsm8k'}"])
     tasks = [*(task.name for task in SUITES["agieval"].tasks), "gsm8k", "file"]
-    command = [
-        sys.executable,
-        "-m",
-        "trlhf",
-        "stage=eval",
-        "hardware.device=cpu",
-        f"evaluation.mirror={folder / 'mirror'}",
-    ]
+    command = [sys.executable, "-m", "trlhf", "stage=eval", "hardware.device=cpu"]
+    command += [f"evaluation.mirror={folder / 'mirror'}"]
     command += ["evaluation.suites=[agieval,reasoning,file]", f"evaluation.tasks=[{','.join(tasks)}]"]
     command += [f"evaluation.model={model}", f"evaluation.file={shared / 'agieval' / 'math.jsonl'}"]
     command += [f"evaluation.limit={limit}", f"evaluation.majority={votes}", f"run.dir={folder / 'run'}"]
@@ -52,9 +46,8 @@ def measure(shared: Path, folder: Path, model: str, limit: int, votes: int) -> d
         suite: {task: {key: one["model"][key] for key in KEPT if key in one["model"]} for task, one in rows.items()}
         for suite, rows in found["suites"].items()
     }
-    beside = [
-        {key: row[key] for key in ("task", "model", "published", "here", "difference")} for row in found["published"]
-    ]
+    shown = ("task", "model", "published", "here", "difference")
+    beside = [{key: row[key] for key in shown} for row in found["published"]]
     return {"seconds": round(seconds, 1), "suites": suites, "published": beside}
 
 

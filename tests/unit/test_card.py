@@ -231,16 +231,18 @@ def test_suites_are_results_too_and_are_read_back(run: RunDirectory) -> None:
     told = card(run)
     held_out, agieval, votes = told.data.eval_results
     assert held_out.dataset_type == "trlhf/embedded-world"
-    assert (agieval.dataset_type, agieval.metric_type, agieval.metric_value) == ("hails/agieval-sat-en", "acc_norm", 0.2346)
+    assert (agieval.dataset_type, agieval.metric_type) == ("hails/agieval-sat-en", "acc_norm")
+    assert agieval.metric_value == 0.2346
     assert agieval.metric_args["num_few_shot"] == 0 and agieval.metric_args["suite"] == "agieval"
     assert (votes.dataset_type, votes.metric_name) == ("openai/gsm8k", "gsm8k maj@8 (accuracy)")
-    rows = [line for line in told.text.splitlines() if line.startswith(("| agieval |", "| reasoning |", "| mt-bench |"))]
+    rows = [line for line in told.text.splitlines() if line.startswith(("| agieval", "| reasoning", "| mt-bench"))]
     assert rows == [
         "| agieval | agieval_sat_en, acc_norm | 0 | 23.5 † | 13.5 to 33.5 | 9 |",
         "| agieval | average, mean of acc_norm | 0 | 30.0 | 20.0 to 40.0 | 9 |",
         "| reasoning | gsm8k maj@8, accuracy | 0 | 50.0 | 40.0 to 60.0 | 9 |",
     ]
-    assert "Measured on trlhf's embedded world, greedy and zero-shot and the suites agieval, reasoning alone" in told.text
+    where = "trlhf's embedded world, greedy and zero-shot, and the suites agieval, reasoning"
+    assert f"Measured on {where} alone" in told.text
 
 
 def test_a_recipes_card_names_its_data_sets_and_what_each_gave(run: RunDirectory) -> None:

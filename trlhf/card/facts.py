@@ -59,7 +59,8 @@ class Facts:
     def suites(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """Return (suite, task) → what ``stage=eval`` measured of this model; without what got no value."""
         found: Mapping[str, Any] = self.stages.get("eval", {}).get("suites", {})
-        mine = {(suite, task): models.get(self.stage) for suite, tasks in found.items() for task, models in tasks.items()}
+        tasks = {(suite, task): models for suite, rows in found.items() for task, models in rows.items()}
+        mine = {name: models.get(self.stage) for name, models in tasks.items()}
         return {name: one for name, one in mine.items() if one is not None and one["value"] is not None}
 
     @property

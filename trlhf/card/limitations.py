@@ -50,7 +50,7 @@ def _of_the_measurement(facts: Facts) -> Iterator[str]:
     suites = list(dict.fromkeys(suite for suite, _ in facts.suites))
     where = [f"{name}, greedy and zero-shot"] * bool(accuracy) + [f"the suites {', '.join(suites)}"] * bool(suites)
     yield (
-        f"Measured on {' and '.join(where)} alone, in one run of one seed ({facts.config.seed}); nothing is known of "
+        f"Measured on {', and '.join(where)} alone, in one run of one seed ({facts.config.seed}); nothing is known of "
         "other tasks."
     )
     if not accuracy:
