@@ -72,8 +72,8 @@ def open_tokenizer(candidate: Candidate, config: Config) -> PreTrainedTokenizerB
         models.encode_prompt(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
     except Exception as error:  # a template is a program, with errors of its own
         raise UserError(
-            f"evaluation.model={candidate.path}: the model's own chat template cannot be rendered ({first_line(error)}); "
-            "mend it, or take it out of the folder, so that template=NAME serves"
+            f"evaluation.model={candidate.path}: the model's own chat template cannot be rendered "
+            f"({first_line(error)}); mend it, or take it out of the folder, so that template=NAME serves"
         ) from error
     return tokenizer
 
