@@ -87,7 +87,7 @@ def run(directory: Path, mirror: Path, recipe: str, *overrides: str) -> dict[str
     data = ["data=gsm8k", "data.path=openai/gsm8k", "data.sft_prompts=8", "data.pool_prompts=16"]
     gsm8k = data if recipe == "cerebrum-7b" else []
     rl = RL_SIZES if any(text in ("stage=reward", "stage=rl", "stage=all") for text in overrides) else []
-    given = [f"experiment={recipe}", *gsm8k, f"data.mirror={mirror}", f"run.dir={directory}", *SIZES, *rl, *overrides]
+    given = [f"experiment={recipe}", f"data.mirror={mirror}", f"run.dir={directory}", *SIZES, *rl, *gsm8k, *overrides]
     return trlhf.run(given).summary
 
 
@@ -226,7 +226,7 @@ def test_its_suites_run_on_its_model(
         assert all(models["model"]["n"] > 0 for models in found.values())
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "jackalope"])
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in CHATML])
 def test_it_goes_on_with_labels_and_rl(recipe: str, mirror: Path, trained: dict[str, Path]) -> None:
     directory = trained[recipe]
     if not (directory / "eval" / "done").exists():
@@ -238,16 +238,17 @@ def test_it_goes_on_with_labels_and_rl(recipe: str, mirror: Path, trained: dict[
     assert {"openai/gsm8k"} <= set(told.datasets) and told.tags[-1] == "ppo"
 
 
-def test_a_chatml_recipe_goes_on_with_labels_and_rl(mirror: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", CHATML)
+def test_a_chatml_recipe_goes_on_with_labels_and_rl(recipe: str, mirror: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    others = [name for name in one("experiment=jackalope").data.mixture if name != "slimorca"]
+    others = [name for name in one(f"experiment={recipe}").data.mixture if name not in ("slimorca", "openorca")]
     more = [
         *(f"data.mixture.{name}=null" for name in others),
         "sft.epochs=16",
         "sft.learning_rate=1e-2",
     ]  # until it gives answers
     for stage in ("sft", "reward", "rl", "eval"):
-        summary = run(directory, mirror, "jackalope", f"stage={stage}", *more)
+        summary = run(directory, mirror, recipe, f"stage={stage}", *more)
     assert list(summary["accuracy"]) == ["base", "sft", "rl"] and summary["labels"]["spent"] > 0
     tokenizer = AutoTokenizer.from_pretrained(directory / "rl" / "model")
     model = AutoModelForCausalLM.from_pretrained(directory / "rl" / "model")
