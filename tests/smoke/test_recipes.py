@@ -56,6 +56,8 @@ def test_a_recipe_is_judged_by_what_its_card_reports(recipe: str) -> None:
     config = compose([f"experiment={recipe}"]).configs[0]
     assert config.evaluation.suites == SUITES[recipe]
     assert (recipe == "capybara") == bool(config.check.against)
+    other = compose([f"experiment={recipe}", "evaluation=bbh"]).configs[0]
+    assert other.evaluation.suites == ["bbh"], "what the user chooses wins"
 
 
 @pytest.fixture(autouse=True)
