@@ -134,7 +134,7 @@ def exact_loss(rows: Sequence[EncodedDemonstration], model: Any) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
-            ids = torch.tensor([row.input_ids], device=model.device)
+            ids = torch.tensor([list(row.input_ids)], device=model.device)
             logits = model(input_ids=ids).logits[0, :-1].double()
             labels = torch.tensor(row.labels[1:], device=model.device)
             total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))

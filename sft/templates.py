@@ -76,11 +76,9 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -
     _add_tokens(tokenizer, config)
     if config.name == "chatml":
         _check_chatml(tokenizer)
-    from jinja2 import TemplateError
-
     try:
         _warn_if_tokens_disagree(tokenizer, config.name)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, with more errors than jinja2's: a text plus a number, say
         raise UserError(f"template.name={config.name!r}: the template cannot be rendered ({error}); mend it") from error
     return tokenizer
 

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +31,7 @@ from trlhf.merging import greedy, save_model
 from trlhf.models import attention_of, choose_device, load_causal_lm, lora_config, model_path
 from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
-from trlhf.sft.encode import EncodedDemonstration, check_encoded, encode_demonstrations
+from trlhf.sft.encode import IGNORED, EncodedDemonstration, check_encoded, encode_demonstrations
 from trlhf.sft.even import EvenTrainer, filled
 from trlhf.sft.order import StepOrder
 from trlhf.sft.report import AllStepsDone, StageCallback
@@ -120,8 +122,13 @@ def _last(trainer: SFTTrainer, name: str) -> float | None:
 
 def _dataset(encoded: Sequence[EncodedDemonstration], config: Config) -> Dataset:
     """Return the rows as TRL's collator takes them: ``input_ids`` and ``labels``; ``seq_lengths`` where packed."""
-    dataset = Dataset.from_dict(
-        {"input_ids": [list(row.input_ids) for row in encoded], "labels": [row.labels for row in encoded]}
+    ids = np.concatenate([np.asarray(row.input_ids, dtype=np.int32) for row in encoded])
+    counts = np.concatenate([np.frombuffer(bytes(row.completion_mask), dtype=np.bool_) for row in encoded])
+    ends = np.cumsum([0, *(len(row.input_ids) for row in encoded)])
+    columns = {"input_ids": ids, "labels": np.where(counts, ids, np.int32(IGNORED))}
+    # Lists of Python integers, as Dataset.from_dict takes them, would take ten times as much memory.
+    dataset = Dataset(
+        pyarrow.table({name: pyarrow.LargeListArray.from_arrays(ends, values) for name, values in columns.items()})
     )
     # Best-fit decreasing keeps every demonstration whole and, by its position ids, blind to its neighbours.
     return pack_dataset(dataset, config.model.max_length, "bfd") if config.sft.packing else dataset

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trlhf.checks_mixture import mixture_problems
 from trlhf.config import LABEL_RULES, UPDATE_RULES
+from trlhf.contamination.published import KNOWN
 from trlhf.evaluation.checks import evaluation_problems
 from trlhf.hardware_checks import hardware_problems
 from trlhf.hub import DATA as HUB_DATA
@@ -217,11 +218,13 @@ def _contamination(config: Config) -> Iterator[Problem]:
             "check.against=[FILE,…] without 'test'",
         )
     for name in against:
-        if name != OWN_TEST and not exists_or_on_hub(name, HUB_DATA):
+        if name != OWN_TEST and name not in KNOWN and not exists_or_on_hub(name, HUB_DATA):
+            near = difflib.get_close_matches(name, KNOWN, n=2, cutoff=0.6)
             yield Problem(
                 ("check.against",),
                 f"check.against=[{','.join(against)}]: {name} does not exist (seen from {Path.cwd()}), and is neither "
-                "'test' (the run's own test set) nor a hub name like owner/name; correct the path",
+                f"'test' (the run's own test set), a suite ({', '.join(KNOWN)}) nor a hub name like owner/name; "
+                + (f"did you mean {' or '.join(near)}?" if near else "correct the path"),
             )
 
 

@@ -118,7 +118,7 @@ class DataConfig:
 class CheckConfig:
     """Training data against evaluation sets. ``docs/contamination.md`` says what is compared with what."""
 
-    against: list[str] = setting([])  # files, folders, hub names; "test": the run's own test set; none: that one alone
+    against: list[str] = setting([])  # suites, files, folders, hub names; "test": the run's own, as where none is named
     ngram: int = setting(13, low=0)  # words; 0: no n-grams. https://arxiv.org/abs/2005.14165, appendix C
     overlap: float = setting(0.7, above=0, high=1)  # of an item's n-grams in one row; https://arxiv.org/abs/2204.02311
 
@@ -313,7 +313,7 @@ class EvaluationConfig:
     limit: int = setting(0, low=0)  # at most so many questions of each task; 0: all
     model: str | None = None  # stage=eval: this model alone (folder, adapter, .gguf file or hub name), not the run's
     file: str | None = None  # suite file: questions with answers (file, folder or hub name)
-    mirror: str | None = None  # folder that holds copies of hub data sets, as OWNER/NAME
+    mirror: str | None = None  # folder with copies of hub data sets, as OWNER/NAME; null: data.mirror
     chat_template: bool = False  # in lm-eval's suites; false, as on the leaderboards
     majority: int = setting(0, low=0)  # votes per question, beside the greedy answer; 0: none
     temperature: float = setting(0.7, above=0)  # of the votes (https://arxiv.org/abs/2203.11171, sec. 3.1)

@@ -66,7 +66,16 @@ def open_tokenizer(candidate: Candidate, config: Config) -> PreTrainedTokenizerB
     if (path / ADAPTER).is_file() and not (path / "tokenizer_config.json").is_file():
         source = _base_of(path, config)
     tokenizer = load_tokenizer(source, pad_token=pad)
-    return tokenizer if isinstance(tokenizer.chat_template, str) else apply_template(tokenizer, config.template)
+    if not isinstance(tokenizer.chat_template, str):
+        return apply_template(tokenizer, config.template)
+    try:
+        models.encode_prompt(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
+    except Exception as error:  # a template is a program, with errors of its own
+        raise UserError(
+            f"evaluation.model={candidate.path}: the model's own chat template cannot be rendered "
+            f"({first_line(error)}); mend it, or take it out of the folder, so that template=NAME serves"
+        ) from error
+    return tokenizer
 
 
 def open_model(candidate: Candidate, config: Config) -> PreTrainedModel:

@@ -118,6 +118,14 @@ def test_too_long_questions_are_counted(copies: Path) -> None:
     assert found.truncated == sum(length > 82 for length in lengths) and 0 < found.truncated < len(lengths)
 
 
+def test_a_context_without_room_for_a_response_is_told(copies: Path) -> None:
+    model = load_causal_lm(MICRO_BASE, ModelConfig())
+    model.config.max_position_embeddings = 256
+    config = EvaluationConfig(mirror=str(copies), limit=1)
+    with pytest.raises(UserError, match=r"test: a response may take 256 tokens, but the model's context of 256 leaves"):
+        run_task(model, load_tokenizer(MICRO_BASE), SUITES["open-llm-v1"].tasks[5], config, "test", 0)
+
+
 def first(copies: Path, count: int) -> list[dict[str, Any]]:
     lines = (copies / "hails/agieval-sat-math/default/test.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]

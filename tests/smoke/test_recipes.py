@@ -7,25 +7,31 @@ under its name, in its files and columns. No row is taken from the data sets the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from recipe_rows import write_recipes
+from suite_rows import write_suites
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trlhf
 from trlhf.compose import compose
 from trlhf.config import Config
+from trlhf.evaluation.suites import SUITES as EVERY
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 RECIPES = ["cerebrum-7b", "collective-cognition", "capybara", "jackalope", "mistral-orca"]
 CHATML = ["jackalope", "mistral-orca"]
+QLORA = {"collective-cognition": ["model.lora.enabled=true", "model.quantization=nf4"]}
 SIZES = [
     *("model=micro", "hardware.device=cpu", "hardware.threads=1"),
     *("sft.epochs=1", "sft.batch_size=8", "sft.microbatch_size=8"),
-    *("data.test_prompts=2", "evaluation.max_new_tokens=8", "evaluation.suites=[]"),  # their data sets are on the hub
+    *("data.test_prompts=2", "evaluation.max_new_tokens=8", "evaluation.suites=[]"),  # asked further below
 ]
 RL_SIZES = [
     *("data.pool_prompts=12", "reward.labels=8", "reward.samples_per_prompt=2", "reward.epochs=1"),
@@ -41,7 +47,7 @@ SUITES = {
     "collective-cognition": ["truthfulqa", "gpt4all", "agieval"],
     "capybara": ["open-llm-v1"],
     "jackalope": ["open-llm-v1"],
-    "mistral-orca": ["open-llm-v1", "agieval", "bbh", "gpt4all"],
+    "mistral-orca": ["open-llm-v1", "agieval", "bbh", "gpt4all"],  # and mt-bench, where there is a judge
 }
 
 
@@ -50,6 +56,8 @@ def test_a_recipe_is_judged_by_what_its_card_reports(recipe: str) -> None:
     config = compose([f"experiment={recipe}"]).configs[0]
     assert config.evaluation.suites == SUITES[recipe]
     assert (recipe == "capybara") == bool(config.check.against)
+    other = compose([f"experiment={recipe}", "evaluation=bbh"]).configs[0]
+    assert other.evaluation.suites == ["bbh"], "what the user chooses wins"
 
 
 @pytest.fixture(autouse=True)
@@ -63,122 +71,12 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     torch.use_deterministic_algorithms(False)
 
 
-# ---- a few rows of each data set, in its own files and columns ----
-
-
-def shared_chats() -> list[dict[str, Any]]:
-    """CollectiveCognition: ShareGPT."""
-    return [
-        {
-            "title": f"Chat {i}",
-            "conversations": [
-                {"from": "human", "value": f"Tell me about the number {i}."},
-                {"from": "gpt", "value": f"The number {i} comes before {i + 1}."},
-                {"from": "human", "value": "Is it even?"},
-                {"from": "gpt", "value": "Yes." if i % 2 == 0 else "No."},
-            ],
-        }
-        for i in range(12)
-    ]
-
-
-def slim_orca() -> list[dict[str, Any]]:
-    """SlimOrca: ShareGPT with a system line and weights."""
-    return [
-        {
-            "conversations": [
-                {"from": "system", "value": "You are an AI assistant. Think step by step.", "weight": None},
-                {"from": "human", "value": f"What is {i} plus {i}?", "weight": 0.0},
-                {"from": "gpt", "value": f"{2 * i}.", "weight": 1.0},
-            ]
-        }
-        for i in range(8)
-    ]
-
-
-def amplified(source: str, turns: int) -> list[dict[str, Any]]:
-    """The LDJnr sets: pairs of input and output."""
-    pairs = [{"input": f"{source} question {i}?", "output": f"A thoughtful answer, number {i}."} for i in range(turns)]
-    return [{"source": source, "conversation": pairs[: 1 + row % turns]} for row in range(4)]
-
-
-def role_plays() -> list[dict[str, Any]]:
-    """PIPPA: who is human, and the bot first."""
-    said = [(False, "Ahoy, {{user}}!"), (True, "Hello."), (True, "Who are you?"), (False, "I am {{char}}, a pirate.")]
-    turns = [{"message": message, "is_human": human} for human, message in said]
-    bot = {"bot_id": "x", "bot_name": "Ann", "bot_description": "A pirate.", "bot_definitions": "", "categories": None}
-    return [{**bot, "bot_greeting": said[0][1], "conversation": turns[: 2 + 2 * (row > 0)]} for row in range(4)]
-
-
-def mathematics() -> list[dict[str, Any]]:
-    """MetaMathQA: query and response."""
-    answer = "She has 4 x {i} = {n} pens.\n#### {n}\nThe answer is: {n}"
-    return [
-        {
-            "type": "GSM_Rephrased",
-            "query": f"Ann has 4 boxes of {i} pens. How many pens?",
-            "original_question": f"Ann has 4 boxes of {i} pens. How many pens has she?",
-            "response": answer.format(i=i, n=4 * i),
-        }
-        for i in range(8)
-    ]
-
-
-def riddles() -> list[dict[str, Any]]:
-    """RiddleSense: choices with their labels."""
-    choices = {"label": ["A", "B", "C", "D", "E"], "text": ["candle", "hat", "river", "clock", "shoe"]}
-    return [{"answerKey": "A", "question": f"What shrinks as it works ({i})?", "choices": choices} for i in range(2)]
-
-
-def open_orca() -> list[dict[str, Any]]:
-    """OpenOrca: system_prompt, question, response."""
-    rows = [
-        {"id": f"flan.{i}", "system_prompt": "", "question": f"What is {i} plus 1?", "response": f"It is {i + 1}."}
-        for i in range(8)
-    ]
-    refusal = "I'm sorry, but as an AI language model I cannot."
-    return [*rows, {"id": "niv.9", "system_prompt": "Help.", "question": "Who are you?", "response": refusal}]
-
-
-def problems(count: int) -> list[dict[str, Any]]:
-    """GSM8K."""
-    answer = "{a}+{b} = <<{a}+{b}={c}>>{c}\n#### {c}"
-    return [
-        {"question": f"Add {i} and {i % 7}. What is it?", "answer": answer.format(a=i, b=i % 7, c=i + i % 7)}
-        for i in range(count)
-    ]
-
-
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a few rows of every data set that a recipe names."""
-    import pyarrow
-    import pyarrow.parquet
-
+    """A folder with a few rows of every data set that a recipe names, and of every one that a suite asks."""
     root = tmp_path_factory.mktemp("mirror")
-
-    def write(name: str, file: str, rows: Sequence[dict[str, Any]]) -> Path:
-        path = root / name / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    write("CollectiveCognition/chats-data-2023-09-27", "train.jsonl", shared_chats())
-    write("Open-Orca/SlimOrca", "oo-labeled_correct.gpt4.sharegpt.jsonl", slim_orca())
-    write("Open-Orca/OpenOrca", "1M-GPT4-Augmented.parquet", open_orca())
-    write("PygmalionAI/PIPPA", "pippa_deduped.jsonl", role_plays())
-    write("meta-math/MetaMathQA", "MetaMathQA-395K.jsonl", mathematics())
-    write("INK-USC/riddle_sense", "data/train-00000-of-00001.parquet", riddles())
-    for name in ("Capybara", "LessWrong-Amplify-Instruct", "Pure-Dove", "Verified-Camel"):
-        write(f"LDJnr/{name}", f"{name}.jsonl", amplified(name, 1 if name == "Verified-Camel" else 3))
-    for split, count in (("train", 24), ("test", 4)):
-        write("openai/gsm8k", f"main/{split}-00000-of-00001.parquet", problems(count))
-    files = [f"  - split: {split}\n    path: main/{split}-*" for split in ("train", "test")]
-    header = "\n".join(["---", "configs:", "- config_name: main", "  data_files:", *files, "---", ""])
-    (root / "openai/gsm8k/README.md").write_text(header)
+    write_recipes(root)
+    write_suites(root)
     return root
 
 
@@ -191,7 +89,7 @@ def run(directory: Path, mirror: Path, recipe: str, *overrides: str) -> dict[str
     data = ["data=gsm8k", "data.path=openai/gsm8k", "data.sft_prompts=8", "data.pool_prompts=16"]
     gsm8k = data if recipe == "cerebrum-7b" else []
     rl = RL_SIZES if any(text in ("stage=reward", "stage=rl", "stage=all") for text in overrides) else []
-    given = [f"experiment={recipe}", *gsm8k, f"data.mirror={mirror}", f"run.dir={directory}", *SIZES, *rl, *overrides]
+    given = [f"experiment={recipe}", f"data.mirror={mirror}", f"run.dir={directory}", *SIZES, *rl, *gsm8k, *overrides]
     return trlhf.run(given).summary
 
 
@@ -240,7 +138,7 @@ def trained(mirror: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_runs_end_to_end_on_small_local_data(recipe: str, mirror: Path, trained: dict[str, Path]) -> None:
     directory = trained[recipe]
-    qlora = ["model.lora.enabled=true", "model.quantization=nf4"] if recipe == "collective-cognition" else []
+    qlora = QLORA.get(recipe, [])
     run(directory, mirror, recipe, "stage=sft", *qlora)
     summary = run(directory, mirror, recipe, "stage=eval", *qlora)
     assert list(summary["accuracy"]) == ["base", "sft"] and summary["accuracy"]["sft"]["n"] == 2
@@ -252,6 +150,11 @@ def test_it_runs_end_to_end_on_small_local_data(recipe: str, mirror: Path, train
     assert DEMONSTRATIONS[recipe].items() <= made.items() or recipe == "cerebrum-7b"
 
     folder = directory / "sft" / "model"
+    run(directory, mirror, recipe, "stage=card", *qlora)
+    told = ModelCard.load(folder / "README.md").data
+    assert told.base_model == "micro" and told.eval_results[0].metric_args["n"] == 2
+    named = {source.path.partition(":")[0] for source in one(f"experiment={recipe}").data.mixture.values()}
+    assert set(told.datasets) == (named or {"openai/gsm8k"})
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     config = one(f"experiment={recipe}")
     assert tokenizer.eos_token == (config.template.eos_token or "</s>")
@@ -290,16 +193,64 @@ def test_what_was_left_out_has_its_reason(mirror: Path, trained: dict[str, Path]
     assert left == {"count": 1, "places": ["1M-GPT4-Augmented.parquet row 9"]}
 
 
-def test_a_chatml_recipe_goes_on_with_labels_and_rl(mirror: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_its_suites_run_on_its_model(
+    recipe: str, mirror: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tasks of them, the first question of each, from a mirror; responses are cut short, nobody judges."""
+    from lm_eval.models.huggingface import HFLM
+
+    from trlhf.evaluation.judge import Judge
+
+    if not (trained[recipe] / "sft" / "done").exists():
+        pytest.skip("the runs above were not made")
+    model = shutil.copytree(trained[recipe] / "sft" / "model", tmp_path / "model")
+    values = json.loads((model / "config.json").read_text())  # BIG-Bench Hard leaves 1,024 tokens for a response
+    (model / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 4096}))
+    generate = HFLM._model_generate
+    monkeypatch.setattr(
+        HFLM,
+        "_model_generate",
+        lambda self, context, max_length, **rest: generate(self, context, context.shape[1] + 4, **rest),
+    )
+    monkeypatch.setattr(Judge, "_complete", lambda self, request: "[[7]]")
+    suites = SUITES[recipe] + (["mt-bench"] if recipe == "mistral-orca" else [])
+    judge = ["evaluation.judge.url=http://nowhere.invalid/v1", "evaluation.judge.model=judge"]
+    summary = run(
+        *(tmp_path / "run", mirror, recipe, "stage=eval", f"evaluation.model={model}", f"evaluation.suites={suites}"),
+        *("evaluation.limit=1", "evaluation.batch_size=4", "evaluation.mt_bench.max_new_tokens=4", *judge),
+    )
+    assert list(summary["suites"]) == suites
+    for suite in suites:
+        tasks = [task.name for task in EVERY[suite].tasks]
+        found = summary["suites"][suite]
+        assert list(found) == [*tasks, "average"] if EVERY[suite].average else tasks
+        assert all(models["model"]["n"] > 0 for models in found.values())
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in CHATML])
+def test_it_goes_on_with_labels_and_rl(recipe: str, mirror: Path, trained: dict[str, Path]) -> None:
+    directory = trained[recipe]
+    if not (directory / "eval" / "done").exists():
+        pytest.skip("the runs above were not made")
+    for stage in ("reward", "rl", "eval", "card"):
+        summary = run(directory, mirror, recipe, f"stage={stage}", *QLORA.get(recipe, []))
+    assert list(summary["accuracy"]) == ["base", "sft", "rl"] and summary["labels"]["spent"] > 0
+    told = ModelCard.load(directory / "rl" / "model" / "README.md").data
+    assert {"openai/gsm8k"} <= set(told.datasets) and told.tags[-1] == "ppo"
+
+
+@pytest.mark.parametrize("recipe", CHATML)
+def test_a_chatml_recipe_goes_on_with_labels_and_rl(recipe: str, mirror: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    others = [name for name in one("experiment=jackalope").data.mixture if name != "slimorca"]
+    others = [name for name in one(f"experiment={recipe}").data.mixture if name not in ("slimorca", "openorca")]
     more = [
         *(f"data.mixture.{name}=null" for name in others),
         "sft.epochs=16",
         "sft.learning_rate=1e-2",
     ]  # until it gives answers
     for stage in ("sft", "reward", "rl", "eval"):
-        summary = run(directory, mirror, "jackalope", f"stage={stage}", *more)
+        summary = run(directory, mirror, recipe, f"stage={stage}", *more)
     assert list(summary["accuracy"]) == ["base", "sft", "rl"] and summary["labels"]["spent"] > 0
     tokenizer = AutoTokenizer.from_pretrained(directory / "rl" / "model")
     model = AutoModelForCausalLM.from_pretrained(directory / "rl" / "model")

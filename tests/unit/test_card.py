@@ -212,6 +212,57 @@ def test_an_adapter_has_a_card_of_its_own(run: RunDirectory) -> None:
     assert "AutoPeftModelForCausalLM" in adapter.text and "AutoPeftModelForCausalLM" not in whole.text
 
 
+def suite_entry(value: float, shots: int, metric: str = "acc_norm", **more: Any) -> dict[str, Any]:
+    numbers = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 9, "metric": metric, "shots": shots}
+    return {**numbers, "protocol": {"harness": "lm-eval 0.4.13", "metric": metric, "shots": shots}, **more}
+
+
+def test_suites_are_results_too_and_are_read_back(run: RunDirectory) -> None:
+    metrics = run.stage("eval").metrics()
+    metrics["suites"] = {
+        "agieval": {
+            "agieval_sat_en": {"sft": suite_entry(0.5, 0), "rl": suite_entry(0.23456, 0, at_chance=True)},
+            "average": {"rl": suite_entry(0.3, 0, "mean of acc_norm")},
+        },
+        "reasoning": {"gsm8k maj@8": {"rl": suite_entry(0.5, 0, "accuracy")}, "gsm8k": {"base": suite_entry(0.1, 0)}},
+        "mt-bench": {"mt-bench": {"rl": {**suite_entry(0.0, 0, "rating"), "value": None, "low": None, "high": None}}},
+    }
+    run.stage("eval").complete(metrics)
+    told = card(run)
+    held_out, agieval, votes = told.data.eval_results
+    assert held_out.dataset_type == "trlhf/embedded-world"
+    assert (agieval.dataset_type, agieval.metric_type) == ("hails/agieval-sat-en", "acc_norm")
+    assert agieval.metric_value == 0.2346
+    assert agieval.metric_args["num_few_shot"] == 0 and agieval.metric_args["suite"] == "agieval"
+    assert (votes.dataset_type, votes.metric_name) == ("openai/gsm8k", "gsm8k maj@8 (accuracy)")
+    rows = [line for line in told.text.splitlines() if line.startswith(("| agieval", "| reasoning", "| mt-bench"))]
+    assert rows == [
+        "| agieval | agieval_sat_en, acc_norm | 0 | 23.5 † | 13.5 to 33.5 | 9 |",
+        "| agieval | average, mean of acc_norm | 0 | 30.0 | 20.0 to 40.0 | 9 |",
+        "| reasoning | gsm8k maj@8, accuracy | 0 | 50.0 | 40.0 to 60.0 | 9 |",
+    ]
+    where = "trlhf's embedded world, greedy and zero-shot, and the suites agieval, reasoning"
+    assert f"Measured on {where} alone" in told.text
+
+
+def test_a_recipes_card_names_its_data_sets_and_what_each_gave(run: RunDirectory) -> None:
+    config = compose(["experiment=jackalope", "data.mixture.pippa=null", "data.mixture.mine.path=me/mine"]).configs[0]
+    for stage in ("rl", "eval", "reward"):
+        shutil.rmtree(run.path / stage)
+    finish(run, config, "sft", {"demonstrations": 600, "response_tokens": 31234})
+    (run.path / "data.json").write_text(json.dumps({"slimorca: Open-Orca/SlimOrca": {"read": 9, "kept": 8}}))
+    write_cards(compose([f"run.dir={run.path}", "stage=card"]).configs[0], run)
+    told = ModelCard.load(run.path / "sft/model/README.md")
+    names = [source.path.partition(":")[0] for source in config.data.mixture.values()]
+    assert sorted(told.data.datasets) == sorted(names) and "me/mine" in names and "openai/gsm8k" not in names
+    assert "| chats of Open-Orca/SlimOrca | 8 of 9 rows |" in told.text
+    assert "| demonstrations (all of them) | 600 |" in told.text
+    assert "after supervised fine-tuning by the recipe `jackalope`, made with" in told.text
+    (command,) = (line for line in told.text.splitlines() if line.startswith("python -m trlhf experiment=jackalope "))
+    assert {"data.mixture.pippa=null", "data.mixture.mine.path=me/mine"} == set(command.split()[4:])
+    assert "chain of thought" not in told.text and told.data.tags == ["trlhf", "sft"]
+
+
 def test_a_run_without_a_model_has_no_card(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sft/model is missing; make it first with: python -m trlhf stage=all"):
         read_facts(RunDirectory(tmp_path))
@@ -238,6 +289,8 @@ def test_stage_card_leaves_the_rest_of_the_run_alone(run: RunDirectory) -> None:
         ["rl=dpo", "seed=3", "labeler.noise=0.25", "rl.stop_rules=[]", "rl.max_kl=null"],
         ["experiment=cerebrum-7b", "data=gsm8k", "data.path=openai/gsm8k:main", "rl.learning_rate=3e-6"],
         ["experiment=cerebrum-7b", "model=micro", "template.system='It\\'s \"mine\", he said: a=b, [c] {d} 5%'"],
+        ["experiment=jackalope", "data.mixture.pippa=null", "data.mixture.mine={path: me/mine, weight: 2}"],
+        ["data=file", "stage=sft", "data.mixture.a.path=me/mine", "data.filters.languages=[en]"],
         ["template.system='null'", "model.lora.enabled=true", "rl.stop_rules=[anchors_fell,frontier_used_up]"],
     ],
 )

@@ -21,8 +21,10 @@ from trlhf.contamination.compare import compare
 from trlhf.contamination.grams import Buckets, Table, characters, grams
 from trlhf.contamination.near import LEVELS, PIECE, allowed, candidates, near_duplicates
 from trlhf.contamination.ngrams import ngram_overlaps
+from trlhf.contamination.published import data_sets, split_of
 from trlhf.contamination.texts import EvaluationItem, TrainingRow, evaluation_items, normalise, training_rows
 from trlhf.errors import ConfigError, UserError
+from trlhf.files import read_jsonl
 from trlhf.fingerprint import differences
 from trlhf.rows import Row, read_rows
 from trlhf.run import STAGES, RunDirectory, planned
@@ -282,6 +284,58 @@ def test_evaluation_rows_of_every_shape_become_items() -> None:
         evaluation_items(rows[3:], "suite")
 
 
+XY = {"text": ["x", "y"], "label": ["A", "B"]}
+QUERY = "Sky.Q: Which? Answer Choices: (A)x\nA: Among A through D, the answer is"
+PUBLISHED: list[tuple[dict[str, Any], str, str]] = [
+    ({"query": QUERY, "choices": [], "gold": [0]}, "sky. which? answer choices: (a)x", ""),
+    ({"question": "Which?", "choices": XY, "answerKey": "B"}, "which? x y", ""),
+    ({"question_stem": "Which", "choices": XY, "answerKey": "B"}, "which x y", ""),
+    ({"question": "is it so", "passage": "A text.", "label": 1}, "a text. is it so", ""),
+    ({"ctx": "He runs", "endings": ["off.", "home."], "label": "1"}, "he runs", "home."),
+    ({"ctx": "He runs", "endings": ["off.", "home."], "label": ""}, "he runs", ""),
+    ({"goal": "Dry it", "sol1": "by air", "sol2": "by fire", "label": 0}, "dry it", "by air"),
+    ({"sentence": "It fits _ well.", "option1": "it", "option2": "me", "answer": "1"}, "it fits _ well.", ""),
+    ({"problem": "Halve 1.", "solution": "A half."}, "halve 1.", "a half."),
+    ({"prompt": "def f():", "canonical_solution": "  return 1", "task_id": "x"}, "def f():", "return 1"),
+    ({"input": "not True is", "target": "False"}, "not true is", "false"),
+    ({"prompt": ["Write.", "Shorter."], "category": "writing"}, "write.", ""),
+    ({"question": "Why?", "best_answer": "So.", "correct_answers": ["So."]}, "why?", ""),
+    ({"question": "Which?", "choices": ["x", "y"], "answer": 1, "subject": "law"}, "which? x y", ""),
+]
+
+
+@pytest.mark.parametrize(("row", "question", "answer"), PUBLISHED)
+def test_rows_of_published_evaluation_sets_become_items(row: dict[str, Any], question: str, answer: str) -> None:
+    (found,), _ = evaluation_items([Row("a:1", row)], "suite")
+    assert (found.question, found.answer) == (question, answer)
+
+
+def test_a_suite_names_all_data_behind_it_and_the_split_that_is_asked() -> None:
+    assert len(data_sets("agieval")) == 8 and "hails/agieval-sat-en" in data_sets("agieval")
+    assert len(data_sets("bbh")) == 27 and "SaylorTwift/bbh:word_sorting" in data_sets("bbh")
+    assert {"allenai/ai2_arc:ARC-Easy", "aps/super_glue:boolq", "baber/piqa"} < set(data_sets("gpt4all"))
+    assert data_sets("truthfulqa") == ["truthfulqa/truthful_qa:multiple_choice"]
+    assert data_sets("owner/name") == [] == data_sets("mt-bench")
+    assert split_of("baber/piqa") == "validation" and split_of("cais/mmlu:all") == "test"
+
+
+def test_configurations_and_splits_are_those_that_lm_eval_asks() -> None:
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from trlhf.evaluation.harness import TASKS
+    from trlhf.evaluation.suites import SUITES
+
+    for suite in ("open-llm-v1", "gpt4all", "agieval", "truthfulqa", "bbh"):
+        for task in SUITES[suite].tasks:
+            index = TaskManager(include_path=[TASKS / task.folder], include_defaults=False).task_index
+            found = load_yaml(index[task.members[0]].yaml_path, resolve_func=False)
+            named = [source for source in data_sets(suite) if source.partition(":")[0] == task.data]
+            configurations = {source.partition(":")[2] for source in named}
+            assert task.name == "mmlu" or str(found.get("dataset_name") or "") in configurations, task
+            assert split_of(task.data) == ("test" if found.get("test_split") else found["validation_split"]), task
+
+
 def test_the_closest_item_of_each_set_is_listed_once_a_row() -> None:
     rng = random.Random(4)
     text = sentence(rng, 200)
@@ -407,6 +461,27 @@ def test_other_sets_make_another_check_but_leave_the_stages_alone() -> None:
         assert differences(stage, [stage], plain(old), plain(cleaned)) == ["data.decontaminate was False, now True"]
 
 
+def test_a_suite_is_compared_by_its_name(planted: dict[str, str], tmp_path: Path) -> None:
+    """From one mirror: BoolQ has the text of a training row as its passage, in the split that is asked."""
+    taken = json.loads(Path(planted["sft"]).read_text().splitlines()[7])["question"]
+    for name in (source.partition(":")[0] for source in data_sets("gpt4all")):
+        folder = tmp_path / "mirror" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        split = split_of(name)
+        passage = taken if name == "aps/super_glue" else "Another text, of which nobody has learned anything at all."
+        write(folder / f"{split}.jsonl", [{"question": "So?", "passage": passage}])
+        files = f"  data_files:\n  - split: {split}\n    path: {split}.jsonl\n"
+        sets = [source.partition(":")[2] or "default" for source in data_sets("gpt4all") if source.startswith(name)]
+        configs = "".join(f"- config_name: {one}\n{files}" for one in sets)
+        (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    asked = ["stage=check", f"data.mirror={tmp_path / 'mirror'}", "check.against=[gpt4all]"]
+    found = trlhf.run(overrides(planted, tmp_path / "run", *asked)).summary["contamination"]["sets"]
+    assert list(found) == ["gpt4all"] and (found["gpt4all"]["items"], found["gpt4all"]["rows"]) == (7, 2)
+    listed = read_jsonl(tmp_path / "run/check/offending.jsonl")
+    assert [(one["part"], one["row"]) for one in listed] == [("sft", "sft.jsonl:8"), ("pool", "pool.jsonl:4")]
+    assert {one["item"] for one in listed} == {"aps/super_glue:boolq, super_glue validation row 1"}
+
+
 def test_contradictions_are_named(planted: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         trlhf.run(["data=file", "stage=check", "check.against=[test,nowhere.jsonl]"])
@@ -414,6 +489,8 @@ def test_contradictions_are_named(planted: dict[str, str], tmp_path: Path) -> No
     assert "data.sft, data.pool and data.labels are missing, but stage=check compares the training data" in told
     assert "data.test is missing, but stage=check compares the training data with it; give data.test=FILE" in told
     assert "check.against=[test,nowhere.jsonl]: nowhere.jsonl does not exist" in told
+    with pytest.raises(ConfigError, match=r"check\.against=\[agivall\]: .*did you mean agieval"):
+        trlhf.run(["data=file", f"data.sft={planted['sft']}", "stage=check", "check.against=[agivall]"])
     with pytest.raises(ConfigError, match=r"data\.test is missing, but data.decontaminate=true compares"):
         trlhf.run(["data=file", f"data.sft={planted['sft']}", "stage=sft", "data.decontaminate=true"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,29 @@ def test_every_property_has_a_test_that_exists() -> None:
         assert named, row
         for file, test in named:
             assert test in names_in(ROOT / "tests" / file), f"{file}::{test}"
+
+
+def test_the_table_of_recipes_is_filled_by_tests() -> None:
+    """A recipe is in the parameters of each test that its cells rest on, and its suites are those that ran."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| [`")]
+    smoke = runpy.run_path(str(ROOT / "tests" / "smoke" / "test_recipes.py"))
+    tested = {
+        name: set(next(mark.args[1] for mark in test.pytestmark if mark.args[0] == "recipe"))
+        for name, test in smoke.items()
+        if name.startswith("test_it") and hasattr(test, "pytestmark")
+    }
+    assert len(tested) == 4
+    assert [re.findall(r"`([\w-]+)`", row[0])[0] for row in rows] == smoke["RECIPES"]
+    for recipe, (_, composes, runs, template, suites) in zip(smoke["RECIPES"], rows, strict=True):
+        assert composes == "yes" and template.split()[0] in ("yes", "its")
+        assert re.sub(r" \(.*?\)", "", runs) == "sft, reward, rl, eval"
+        chatml = recipe in smoke["CHATML"]  # they have a test of their own
+        beyond = {"test_it_goes_on_with_labels_and_rl"} if chatml else set()
+        assert {name for name, recipes in tested.items() if recipe not in recipes} == beyond
+        assert set(smoke["SUITES"][recipe]) <= set(re.findall(r"`([\w-]+)`", suites))
+    for file, test in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
+        assert test in names_in(ROOT / "tests" / file), f"{file}::{test}"
 
 
 @pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,23 @@ def test_a_cap_draws_every_row_alike(write: Write) -> None:
     for seed in range(400):
         counts.update(questions(mixed_demonstrations(configured({"a": {"path": path, "cap": 2}}, seed))[0]))
     assert len(counts) == 5 and all(abs(count - 160) < 50 for count in counts.values())  # 5 standard deviations
+
+
+def test_a_large_file_with_a_cap_never_stands_in_memory(tmp_path: Path) -> None:
+    """20 MB of chats, of which ten are kept: what is held at any moment is a twentieth of the file."""
+    path, text = tmp_path / "large.jsonl", "one two three " * 280
+    with path.open("w") as file:
+        for i in range(5000):
+            file.write(json.dumps(said(f"a {i}?", text)) + "\n")
+    config = configured({"a": {"path": str(path), "cap": 10}}, filters={"drop_matching": ["^a .*7"]})
+    tracemalloc.start()
+    try:
+        found, (report,) = mixed_demonstrations(config)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (report.read, report.kept, len(found)) == (5000, 10, 10)
+    assert peak < path.stat().st_size / 20, peak
 
 
 def test_malformed_rows_are_counted_and_a_useless_source_is_refused(write: Write) -> None:

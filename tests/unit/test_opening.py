@@ -206,6 +206,15 @@ def test_any_path_is_evaluated_without_a_run(
     assert json.loads(samples[3])["gold"] == "A" and len(samples) == 4
 
 
+def test_a_models_own_template_that_cannot_be_rendered_is_told(
+    evaluate: Callable[..., dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ messages | nosuch }}")
+    with pytest.raises(UserError, match=r"the model's own chat template cannot be rendered \(No filter .*; mend it"):
+        evaluate(f"evaluation.model={model}")
+
+
 def test_without_a_suite_a_model_answers_the_held_out_prompts(
     evaluate: Callable[..., dict[str, Any]], tiny_model_dir: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+import yaml
+from huggingface_hub import ModelCard, constants
 
+import trlhf
 from trlhf.card.push import push
-from trlhf.config import CardConfig
+from trlhf.compose import compose
+from trlhf.config import CardConfig, plain
 from trlhf.errors import UserError
+from trlhf.models import MICRO_BASE
+from trlhf.run import RunDirectory
 
 
 class Hub(ThreadingHTTPServer):
@@ -116,6 +122,20 @@ def test_an_adapter_goes_into_a_folder_of_its_own(hub: Hub, folders: list[Path])
         **{"adapter/README.md": b"---\nl", "adapter/weights.safetensors": b"small"},
     }
     assert hub.made[0]["visibility"] == "public"
+
+
+def test_stage_card_writes_the_card_and_uploads_both(hub: Hub, tmp_path: Path) -> None:
+    """Through the command's own code: what the hub has is the folder, and the card in it is read back."""
+    config = compose(["stage=sft", "experiment=jackalope", "model=micro"]).configs[0]
+    stage = RunDirectory(tmp_path / "run").stage("sft")
+    shutil.copytree(MICRO_BASE, stage.path / "model")
+    (stage.path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+    stage.complete({"demonstrations": 8, "response_tokens": 80})
+    trlhf.run([f"run.dir={tmp_path / 'run'}", "stage=card", "push=me/model", "card.license=mit"])
+    assert hub.files == {path.name: path.read_bytes() for path in (stage.path / "model").iterdir()}
+    card = ModelCard(hub.files["README.md"].decode())
+    assert (card.data.model_name, card.data.license, card.data.base_model) == ("me/model", "mit", "micro")
+    assert "Open-Orca/SlimOrca" in card.data.datasets and 'model="me/model"' in card.text
 
 
 def test_without_a_token_nothing_is_sent(hub: Hub, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_every_published_shape_becomes_a_question() -> None:
 def test_a_question_without_answer_stops_it() -> None:
     with pytest.raises(UserError, match="rows line 2: no answer"):
         questions_from_rows(rows({"question": "a?", "answer": "1"}, {"question": "b?"}), "rows", "kind")
-    with pytest.raises(UserError, match="no row is a question"):
+    with pytest.raises(UserError, match=r"no row is a question; give each row 'question' .* and 'answer', or"):
         questions_from_rows(rows({"text": "a"}), "rows", "kind")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trlhf.preemption import Preempted, watch
 from trlhf.run import RunDirectory, StageDirectory
 from trlhf.sft.checkpoints import newest_whole, seal
 from trlhf.sft.encode import IGNORED, EncodedDemonstration, check_encoded, encode_demonstrations
-from trlhf.sft.train import train_sft
+from trlhf.sft.train import _dataset, train_sft
 from trlhf.types import Demonstration, Prompt
 
 # peft asks transformers by a name that transformers has deprecated
@@ -339,6 +340,7 @@ def test_bad_input_is_refused_before_training(tiny_model_dir: Path, tmp_path: Pa
 
 def test_masked_and_endless_rows_are_named() -> None:
     good = EncodedDemonstration((1, 5, 2), (0, 1, 1), "a:1")
+    assert (list(good.input_ids), good.labels) == ([1, 5, 2], [-100, 5, 2])
     masked = [EncodedDemonstration((1, 5, 2), (0, 0, 0), f"a:{line}") for line in range(2, 9)]
     endless = EncodedDemonstration((1, 5, 2), (0, 1, 0), "a:9")
     check_encoded([good], eos_token_id=2)
@@ -389,3 +391,11 @@ def test_more_demonstrations_than_promised_are_remarked(
     assert warned == [
         "sft: 3 demonstrations are more than sft.max_prompts=2; a few thousand good ones are meant to be enough"
     ]
+
+
+def test_tokens_take_thirteen_bytes_each() -> None:
+    """Five as a demonstration, eight in the trainer's table; lists of Python integers took about fifty."""
+    rows = [EncodedDemonstration([7] * 5000 + [2], [0] * 5000 + [1]) for _ in range(20)]
+    held = sum(sys.getsizeof(row.input_ids) + sys.getsizeof(row.completion_mask) for row in rows)
+    table = _dataset(rows, build_config({})).data.nbytes
+    assert (held + table) / (20 * 5001) < 13.2

@@ -201,12 +201,14 @@ def test_the_protocol_difference_is_named() -> None:
     greedy = entry(0.25, Protocol("trlhf, math-verify", "accuracy", 0, 1, True))
     votes = entry(0.5, Protocol("trlhf, math-verify", "accuracy", 0, 8, True, 0.7))
     (row,) = beside({"reasoning": {"gsm8k": {"sft": greedy, "rl": greedy}}})
-    assert (row["model"], row["published"], row["here"]) == ("mistralai/Mistral-7B-v0.1", "52.2", "25.0 (rl)")
+    assert (row["model"], row["published"]) == ("mistralai/Mistral-7B-v0.1", "52.2")
+    assert row["here"] == "25.0 [15.0, 35.0] (rl)"
     assert row["difference"].startswith("8-shot, here zero-shot; maj@8, here one greedy answer; ")
     (row,) = beside({"reasoning": {"gsm8k": {"rl": greedy}, "gsm8k maj@8": {"rl": votes}}})
-    assert row["here"] == "50.0 (rl)" and row["difference"].startswith("8-shot, here zero-shot; no chat template")
+    assert row["here"] == "50.0 [40.0, 60.0] (rl)"
+    assert row["difference"].startswith("8-shot, here zero-shot; no chat template")
     (row,) = beside({"reasoning": {"gsm8k": {"rl": greedy}, "gsm8k maj@4": {"rl": votes}}})
-    assert row["here"] == "25.0 (rl)"
+    assert row["here"] == "25.0 [15.0, 35.0] (rl)"
 
 
 def test_equal_protocols_differ_in_nothing() -> None:
@@ -233,6 +235,13 @@ def test_a_table_says_where_guessing_is_as_good(capsys: pytest.CaptureFixture[st
     assert "7 sequences were longer than the model's context and lost their beginning: agieval_sat_en (sft) 7" in out
 
 
+def test_a_suite_of_which_no_task_was_asked_has_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = {"agieval": {"agieval_sat_en": {"rl": entry(0.25, Protocol("lm-eval", "acc_norm", 0, 1, False))}}}
+    asked = EvaluationConfig(suites=["reasoning", "agieval"], tasks=["agieval_sat_en"])
+    report.print_suites({"suites": entries}, asked)
+    assert "agieval_sat_en" in (shown := capsys.readouterr().out) and "reasoning" not in shown
+
+
 def test_tasks_of_an_earlier_start_stay() -> None:
     """And one whose answers wait for a rating is not whole yet."""
     earlier = {"a": {"x": {"rl": {"value": 1}}, "y": {"rl": {"value": 2}}}, "b": {"z": {"rl": {"value": 3}}}}
@@ -248,6 +257,7 @@ def test_published_figures_stand_beside_with_what_was_done_otherwise(capsys: pyt
     suites = {"agieval": {"agieval_sat_en": {"rl": here}, "agieval_sat_math": {"rl": here}}}
     report.print_suites({"suites": suites, "published": beside(suites)}, EvaluationConfig(suites=["agieval"]))
     out = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["│", "agieval_sat_en", "│", "25.0", "(rl)", "│", "48.54", "a", "│", "56.31", "a", "│"] in out
+    here = ["25.0", "[15.0,", "35.0]", "(rl)"]
+    assert ["│", "agieval_sat_en", "│", *here, "│", "48.54", "a", "│", "56.31", "a", "│"] in out
     assert any(line[:4] == ["a:", "shots", "not", "stated,"] and line[-1] == "0.4.13" for line in out)
     assert sum(line[:1] == ["a:"] for line in out) == 1 and not any(line[:1] == ["b:"] for line in out)

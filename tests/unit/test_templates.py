@@ -258,9 +258,10 @@ def test_a_template_that_disagrees_with_the_response_tokens_is_reported(
     with caplog.at_level(logging.WARNING):
         apply_template(tokenizer, TemplateConfig(name=str(path)))
     assert "prompt and response are trained and sampled as" in caplog.text
-    path.write_text("{% for m in messages %}")
-    with pytest.raises(UserError, match="cannot be rendered"):
-        apply_template(tokenizer, TemplateConfig(name=str(path)))
+    for broken in ("{% for m in messages %}", "{{ messages | nosuch }}", "{{ bos_token + 1 }}", "{{ x.y.z }}"):
+        path.write_text(broken)
+        with pytest.raises(UserError, match=r"own\.jinja': the template cannot be rendered \(.+\); mend it"):
+            apply_template(tokenizer, TemplateConfig(name=str(path)))
 
 
 def test_unknown_templates_and_missing_system_lines_are_named(tokenizer: Any, tmp_path: Path) -> None:

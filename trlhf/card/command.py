@@ -5,24 +5,30 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trlhf.config import Config, plain
+from trlhf.config import Config, SourceConfig, plain
 from trlhf.errors import ConfigError
 
 # What says where a run lies and what is done with its results, but not what they are.
-APART = ("run", "card", "push", "dry_run", "stage", "experiment")
+APART = ("run", "card", "push", "dry_run", "experiment")
 _PLAIN = re.compile(r"[A-Za-z_./][\w./:@-]*")
 _RESERVED = {"true", "false", "null", "nan", "inf"}
 
 
-def command_of(config: Config) -> str:
+def command_of(config: Config, stage: str) -> str:
     """Return ``python -m trlhf …`` with every value that differs from what the command would take by itself.
 
     Files and folders are given by the last part of their paths: the folders above them are nobody else's business.
+
+    Args:
+        config: of the run.
+        stage: whose model it is; the command goes on to ``rl`` through every stage before it.
     """
-    return shlex.join(["python", "-m", "trlhf", *overrides_of(config, public=True)])
+    whole = replace(config, stage="sft" if stage == "sft" else "all")
+    return shlex.join(["python", "-m", "trlhf", *overrides_of(whole, public=True)])
 
 
 def overrides_of(config: Config, *, public: bool = False) -> list[str]:
@@ -50,9 +56,11 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
         if not prefix and name in APART:
             continue
         if isinstance(value, Mapping):
-            yield from _changes(old[name], value, f"{prefix}{name}.")
+            before = old[name] if name in old else asdict(SourceConfig())  # a data set that is new in the mixture
+            yield from _changes(before, value, f"{prefix}{name}.")
         elif value != old[name]:
             yield f"{prefix}{name}", value
+    yield from ((f"{prefix}{name}", None) for name in old if name not in new)  # a data set that was taken out
 
 
 def _public(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from trlhf import files
 from trlhf.config import Config
+from trlhf.data_report import FILE as DATA_REPORT
 from trlhf.errors import UserError
 from trlhf.run import FOLDERS, RunDirectory
 from trlhf.schema import build
@@ -29,6 +30,7 @@ class Facts:
         stages: stage → content of its ``metrics.json``, of the complete ones.
         summary: content of ``summary.json``.
         labels: (kind, outcome) → how many were bought.
+        data: content of ``data.json``: what became of the rows of each data set.
         example: a held-out prompt with the model's own response to it; None before ``stage=eval``.
     """
 
@@ -38,6 +40,7 @@ class Facts:
     summary: Mapping[str, Any]
     labels: Mapping[tuple[str, str], int]
     example: Mapping[str, Any] | None
+    data: Mapping[str, Any]
 
     @property
     def commits(self) -> list[str]:
@@ -51,6 +54,20 @@ class Facts:
         found: Mapping[str, Any] = self.stages.get("eval", {}).get("models", {})
         measured: Mapping[str, Any] = found.get(self.stage, {})
         return measured
+
+    @property
+    def suites(self) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """Return (suite, task) → what ``stage=eval`` measured of this model; without what got no value."""
+        found: Mapping[str, Any] = self.stages.get("eval", {}).get("suites", {})
+        tasks = {(suite, task): models for suite, rows in found.items() for task, models in rows.items()}
+        mine = {name: models.get(self.stage) for name, models in tasks.items()}
+        return {name: one for name, one in mine.items() if one is not None and one["value"] is not None}
+
+    @property
+    def native(self) -> bool:
+        """Whether all demonstrations are native chains of thought, as far as the library knows."""
+        data = self.config.data
+        return data.name != "file" or (bool(data.mixture) and all(one.native for one in data.mixture.values()))
 
 
 def read_facts(run: RunDirectory) -> Facts:
@@ -73,6 +90,7 @@ def read_facts(run: RunDirectory) -> Facts:
         summary=run.summary(),
         labels=_labels(run.ledger),
         example=_example(run.stage("eval").path / f"samples_{stage}.jsonl") if "eval" in complete else None,
+        data=files.read_json(run.path / DATA_REPORT) if (run.path / DATA_REPORT).exists() else {},
     )
 
 
@@ -82,7 +100,7 @@ def _config(run: RunDirectory, stage: str, measured: str) -> Config:
     if run.stage("sft").done:  # what the others are free to leave at its default
         sft = _values(run.stage("sft").path)
         values["sft"] = sft["sft"]
-        values["data"] |= {key: sft["data"][key] for key in ("sft", "sft_prompts")}
+        values["data"] |= {key: sft["data"][key] for key in ("sft", "sft_prompts", "mixture", "filters")}
     if run.stage("reward").done:
         values["reward"] = _values(run.stage("reward").path)["reward"]
     if measured != stage:

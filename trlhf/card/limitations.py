@@ -19,7 +19,8 @@ def limitations(facts: Facts, card: CardConfig) -> Iterator[str]:
     yield from _of_the_measurement(facts)
     yield "Nothing was trained or tested for safety: it may follow harmful requests."
     yield "Wrong answers sound as sure as right ones."
-    yield "A chain of thought is text that ends in an answer; it need not be how the model came to it."
+    if facts.native:
+        yield "A chain of thought is text that ends in an answer; it need not be how the model came to it."
 
 
 def _of_the_model(facts: Facts) -> Iterator[str]:
@@ -43,13 +44,17 @@ def _of_the_model(facts: Facts) -> Iterator[str]:
 def _of_the_measurement(facts: Facts) -> Iterator[str]:
     accuracy = facts.measured.get("accuracy")
     name = test_set(facts.config)[1]
-    if not accuracy:
+    if not accuracy and not facts.suites:
         yield "No accuracy was measured."
         return
+    suites = list(dict.fromkeys(suite for suite, _ in facts.suites))
+    where = [f"{name}, greedy and zero-shot"] * bool(accuracy) + [f"the suites {', '.join(suites)}"] * bool(suites)
     yield (
-        f"Measured on {name} alone, in one run of one seed ({facts.config.seed}), greedy and zero-shot; nothing is "
-        "known of other tasks."
+        f"Measured on {', and '.join(where)} alone, in one run of one seed ({facts.config.seed}); nothing is known of "
+        "other tasks."
     )
+    if not accuracy:
+        return
     if accuracy["n"] < FEW:
         yield (
             f"{accuracy['n']} prompts leave an interval of {100 * (accuracy['high'] - accuracy['low']):.1f} points; it "

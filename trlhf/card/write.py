@@ -12,6 +12,7 @@ from trlhf.card.command import command_of
 from trlhf.card.facts import Facts, read_facts
 from trlhf.card.header import base_name, header, test_set
 from trlhf.card.limitations import limitations
+from trlhf.evaluation.report import shown
 
 if TYPE_CHECKING:
     from trlhf.config import CardConfig, Config
@@ -97,7 +98,7 @@ def _values(facts: Facts, card: CardConfig) -> dict[str, Any]:
         "version": versions.pop("trlhf", "of an unknown version"),
         "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
         "commits": ", ".join(facts.commits),
-        "command": command_of(config),
+        "command": command_of(config, facts.stage),
         "accuracy": facts.measured.get("accuracy"),
         "test_name": test_set(config)[1],
         "max_new_tokens": config.evaluation.max_new_tokens,
@@ -107,6 +108,7 @@ def _values(facts: Facts, card: CardConfig) -> dict[str, Any]:
         "models": [(one, models[one]["accuracy"]) for one in shown if models[one]["accuracy"]],
         "interval": f"{config.evaluation.confidence:.0%} by {INTERVALS[config.evaluation.interval]}",
         "tests": list(_tests(facts)),
+        "suites": list(_suites(facts)),
         "kind_models": shown,
         "kinds": [(kind, [_rate(models[x]["by_kind"].get(kind)) for x in shown], one) for kind, one in kinds.items()],
         "contamination": contamination,
@@ -130,17 +132,19 @@ def _prompt(facts: Facts, model: Path) -> dict[str, Any]:
 
 
 def _training(facts: Facts) -> str:
-    if facts.stage == "sft":
-        return "supervised fine-tuning on native chains of thought"
-    algorithm = facts.config.rl.algorithm.upper()
-    return f"supervised fine-tuning on native chains of thought and targeted RLHF ({algorithm})"
+    recipe = f" by the recipe `{facts.config.experiment}`" if facts.config.experiment else ""
+    imitated = f"supervised fine-tuning{' on native chains of thought' if facts.native else ''}{recipe}"
+    return imitated if facts.stage == "sft" else f"{imitated} and targeted RLHF ({facts.config.rl.algorithm.upper()})"
 
 
 def _data(facts: Facts) -> Iterator[tuple[str, str]]:
     data, sft = facts.config.data, facts.stages.get("sft", {})
     source = {"micro": "the embedded world", "gsm8k": "GSM8K, as native chain of thought"}
     if sft:
-        yield f"demonstrations ({source.get(data.name) or _last(data.sft)})", f"{sft['demonstrations']:,}"
+        if data.mixture:
+            yield from _mixture(facts)
+        named = source.get(data.name) or ("all of them" if data.mixture else _last(data.sft))
+        yield f"demonstrations ({named})", f"{sft['demonstrations']:,}"
         yield "their response tokens", f"{sft['response_tokens']:,}"
     if facts.stage == "rl":
         most = f"at most {data.pool_prompts:,}" if data.pool_prompts else "all"
@@ -153,6 +157,24 @@ def _data(facts: Facts) -> Iterator[tuple[str, str]]:
             yield "labels that came with the data", _last(data.labels)
     if facts.measured.get("accuracy"):
         yield "held-out reasoning prompts", f"{facts.measured['accuracy']['n']:,}"
+
+
+def _mixture(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield how much each data set of a mixture gave: chats, and how often each counts where that is not once."""
+    for name, one in facts.config.data.mixture.items():
+        found = facts.data.get(f"{name}: {one.path}")
+        weight = f", each {one.weight:g} times" if one.weight > 1 else ""
+        rows = f"{found['kept']:,} of {found['read']:,} rows{weight}" if found else "not noted"
+        yield f"chats of {_last(one.path)}", rows
+
+
+def _suites(facts: Facts) -> Iterator[tuple[str, str, str, str, str, int]]:
+    """Yield suite, task with its metric, shots, value, interval and number of questions."""
+    for (suite, task), one in facts.suites.items():
+        mark = " †" if one.get("at_chance") else ""
+        shots = "by task" if one["shots"] < 0 else str(one["shots"])
+        span = f"{shown(one, 'low')} to {shown(one, 'high')}"
+        yield suite, f"{task}, {one['metric']}", shots, f"{shown(one)}{mark}", span, one["n"]
 
 
 def _tests(facts: Facts) -> Iterator[str]:

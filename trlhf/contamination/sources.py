@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trlhf.checks import OWN_TEST as OWN
+from trlhf.contamination.published import data_sets, split_of
 from trlhf.contamination.texts import EvaluationItem, evaluation_items, item_of
 from trlhf.rows import Row, read_rows
 from trlhf.sft.gsm8k import read_split
@@ -18,18 +21,23 @@ if TYPE_CHECKING:
 def evaluation_sets(config: Config, task: Task) -> tuple[list[EvaluationItem], list[RowReport]]:
     """Read every evaluation set; without ``check.against`` it is the run's own test set.
 
+    A suite by name (``agieval``) is one set, of all the data sets behind it.
+
     Raises:
         UserError: one cannot be read, or holds no question.
     """
+    mirror = config.evaluation.mirror or config.data.mirror
     items: list[EvaluationItem] = []
     reports: list[RowReport] = []
     for source in dict.fromkeys(config.check.against or [OWN]):
         if source == OWN:
             items += _own_items(config, task)
             continue
-        found, report = evaluation_items(read_rows(source, "test"), source)
-        items += found
-        reports.append(report)
+        for name in [source] if Path(source).expanduser().exists() else data_sets(source) or [source]:
+            found, report = evaluation_items(read_rows(name, split_of(name), mirror), name)
+            place = "{}" if name == source else f"{name}, {{}}"
+            items += [replace(item, source=source, place=place.format(item.place)) for item in found]
+            reports.append(report)
     return items, reports
 
 

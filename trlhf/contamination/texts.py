@@ -5,9 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from trlhf.chats import MalformedRow, chat_from_row, context_of
+from trlhf.contamination.published import question_and_answer
 from trlhf.errors import UserError
 from trlhf.rows import Row
 from trlhf.sft.formats import as_native, row_of
@@ -88,7 +89,7 @@ def evaluation_items(rows: Sequence[Row], source: str) -> tuple[list[EvaluationI
     items: list[EvaluationItem] = []
     for row in rows:
         try:
-            chat = chat_from_row(_readable(row.data))
+            chat = chat_from_row(question_and_answer(row.data))
         except MalformedRow as error:
             report.drop(str(error), row.place)
             continue
@@ -106,21 +107,6 @@ def item_of(chat: Sequence[Message], source: str, place: str) -> EvaluationItem:
     asked = len(_turns(context_of(chat)))
     answer = turns[asked][1] if len(turns) > asked else ""
     return EvaluationItem(source, place, turns[asked - 1][1], answer, _joined(turns) if len(turns) > 1 else "")
-
-
-def _readable(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a test with its passage and its options inside the question."""
-    question, options = data.get("question"), data.get("options") or data.get("choices")
-    if isinstance(options, dict):  # {"text": […], "label": […]}
-        options = options.get("text")
-    if not isinstance(question, str):
-        return data
-    parts = [data.get("passage"), question, *(options if isinstance(options, list | tuple) else [])]
-    read = {**data, "question": "\n".join(part for part in parts if isinstance(part, str) and part.strip())}
-    answer = data.get("answer")
-    if not isinstance(answer, str) or not answer.strip():  # the number of an option, say
-        read.pop("answer", None)
-    return read
 
 
 def _training_row(part: Part, place: str, chats: Iterable[Sequence[Turn]]) -> TrainingRow:

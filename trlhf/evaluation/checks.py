@@ -40,7 +40,7 @@ def evaluation_problems(config: Config) -> Iterator[Problem]:
             "pip install 'trlhf[suites]'",
         )
     yield from _file(evaluation)
-    yield from _mirror(evaluation, chosen)
+    yield from _mirror(config, chosen)
     yield from _votes(evaluation, "generate" in engines)
     if "judge" in engines:
         yield from _judge(evaluation)
@@ -108,10 +108,16 @@ def _file(evaluation: EvaluationConfig) -> Iterator[Problem]:
         )
 
 
-def _mirror(evaluation: EvaluationConfig, chosen: list[tuple[Suite, list[SuiteTask]]]) -> Iterator[Problem]:
-    if evaluation.mirror is None:
+def _mirror(config: Config, chosen: list[tuple[Suite, list[SuiteTask]]]) -> Iterator[Problem]:
+    evaluation, key = config.evaluation, "evaluation.mirror"
+    given = evaluation.mirror
+    if given is None and config.stage in ("all", "eval"):  # the one mirror of a run, unless the suites have their own
+        key, given = "data.mirror", config.data.mirror
+    if given is None:
         return
-    mirror = Path(evaluation.mirror).expanduser()
+    mirror = Path(given).expanduser()
+    if not mirror.is_dir() and key == "data.mirror":
+        return  # trlhf/checks_mixture.py says so
     if not mirror.is_dir():
         yield Problem(
             ("evaluation.mirror",),
@@ -123,9 +129,9 @@ def _mirror(evaluation: EvaluationConfig, chosen: list[tuple[Suite, list[SuiteTa
     missing = [name for name in needed if not (mirror / name).is_dir()]
     if missing:
         yield Problem(
-            ("evaluation.mirror", "evaluation.suites"),
-            f"evaluation.mirror={evaluation.mirror} has no copy of {', '.join(missing)}; put it there under that name, "
-            "or choose other tasks with evaluation.tasks=[…]",
+            (key, "evaluation.suites"),
+            f"{key}={given} has no copy of {', '.join(missing)}; put it there under that name, or choose other tasks "
+            "with evaluation.tasks=[…] (evaluation.suites=[]: none)",
         )
 
 

@@ -76,6 +76,12 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         for context, options in (request.args for request in requests):
             room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+            if room <= 0:
+                raise UserError(
+                    f"{self._name}: a response may take {self.max_length - room} tokens, but the model's context of "
+                    f"{self.max_length} leaves no room for the question; take a model with a longer one, or leave this "
+                    "task out with evaluation.tasks=[…]"
+                )
             self.truncated += len(self.tok_encode(context)) > room
         with self._shown(requests):
             return super().generate_until(requests, disable_tqdm=True)

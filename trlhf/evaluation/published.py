@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trlhf.evaluation.protocol import Protocol
-from trlhf.evaluation.report import shown
+from trlhf.evaluation.report import cell
 
 FILE = Path(__file__).with_name("published.yaml")
 
@@ -68,7 +68,7 @@ def beside(suites: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) 
                 "task": figure.task,
                 "model": figure.model,
                 "published": figure.text,
-                "here": f"{shown(entry)} ({name})",
+                "here": f"{cell(entry)} ({name})",
                 "difference": figure.protocol.differences(here),
                 "source": figure.source,
             }

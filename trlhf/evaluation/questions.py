@@ -80,7 +80,10 @@ def questions_from_rows(rows: Sequence[Row], source: str, kind: str) -> tuple[li
             report.drop(str(error), row.place)
     report.kept = len(questions)
     if not questions:
-        raise UserError(f"{source}: no row is a question; {report.describe()}")
+        raise UserError(
+            f"{source}: no row is a question; give each row 'question' (or 'messages', 'prompt' …) and 'answer', or "
+            f"'question', 'options' and the right one's letter in 'label'\n{report.describe()}"
+        )
     return questions, [report]
 
 

@@ -59,9 +59,11 @@ def print_suites(metrics: Mapping[str, Any], config: EvaluationConfig) -> None:
         config: which suites, and how sure the intervals are.
     """
     for suite in dict.fromkeys(config.suites):
+        if suite not in metrics["suites"]:
+            continue  # evaluation.tasks names none of it
         tasks = metrics["suites"][suite]
         names = list(dict.fromkeys(model for models in tasks.values() for model in models))
-        rows = [[task, _shots(models), *(_cell(models.get(name)) for name in names)] for task, models in tasks.items()]
+        rows = [[task, _shots(models), *(cell(models.get(name)) for name in names)] for task, models in tasks.items()]
         title = f"{suite}: {'rating from 1 to 10' if _rated(tasks) else 'percent'} [{config.confidence:.0%} interval]"
         if config.limit:
             title += f", the first {config.limit} questions of each task"
@@ -84,11 +86,12 @@ def _print_published(suite: str, rows: Sequence[Mapping[str, str]]) -> None:
         ["", "here", *(model.rpartition("/")[2] for model in models)],
         [[task, line["here"], *(line.get(model, NONE) for model in models)] for task, line in cells.items()],
         caption="\n".join(f"{letter}: {text}" for text, letter in notes.items()),
-        width=100,
+        width=110,
     )
 
 
-def _cell(entry: Mapping[str, Any] | None) -> str:
+def cell(entry: Mapping[str, Any] | None) -> str:
+    """Write a value with its interval, and a dagger where guessing is as good."""
     if entry is None or entry["value"] is None:
         return NONE
     mark = "†" if entry.get("at_chance") else ""

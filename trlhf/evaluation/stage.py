@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trlhf import files
-from trlhf.config import Config
+from trlhf.config import Config, EvaluationConfig
 from trlhf.console import progress
 from trlhf.evaluation.means import mean_of_means
 from trlhf.evaluation.protocol import Protocol
@@ -58,6 +58,11 @@ def run_suites(subject: Subject, config: Config, stage: StageDirectory) -> dict[
     return results
 
 
+def with_mirror(config: Config) -> EvaluationConfig:
+    """Return the evaluation section; where it names no mirror of its own, that of the run's data serves the suites."""
+    return replace(config.evaluation, mirror=config.evaluation.mirror or config.data.mirror)
+
+
 def _remembered(
     subject: Subject, config: Config, stage: StageDirectory, suite: Suite, task: SuiteTask
 ) -> dict[str, Entry]:
@@ -90,7 +95,7 @@ def _run(
 def _harness(subject: Subject, config: Config, task: SuiteTask, title: str) -> tuple[dict[str, Entry], Any]:
     from trlhf.evaluation.harness import VERSION, run_task
 
-    asked = config.evaluation
+    asked = with_mirror(config)
     found = run_task(subject.model, subject.tokenizer, task, asked, title, config.seed)
     protocol = Protocol(f"lm-eval {VERSION}", task.metric, task.shots, 1, asked.chat_template)
     entry = _entry(found.estimate, protocol, found.chance)
@@ -104,7 +109,7 @@ def _generate(subject: Subject, config: Config, task: SuiteTask, title: str) -> 
     from trlhf.evaluation.questions import load_questions
     from trlhf.evaluation.reasoning import answer_questions
 
-    asked = config.evaluation
+    asked = with_mirror(config)
     questions, reports = load_questions(task, asked.mirror, asked.file)
     for report in reports:
         (log.warning if report.dropped else log.info)(report.describe())
@@ -135,7 +140,7 @@ def _judged(subject: Subject, config: Config, task: SuiteTask, folder: Path) -> 
         remembered_answers,
     )
 
-    asked, seed = config.evaluation, config.seed
+    asked, seed = with_mirror(config), config.seed
     questions, prompts = load_two_turns(asked), load_prompts(asked.mt_bench.prompts)
 
     def make() -> dict[str, list[str]]:
