@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import statistics
@@ -191,14 +192,15 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
 
     Returns:
         By arm: ``per_second`` (median), ``seconds`` and ``cpu_seconds`` of each run, ``units``, ``peak_mb`` above what
-        was held before (largest), and the last run's facts.
+        was held before (largest; on a CPU that of the first run, before which freed memory is handed back), and the
+        last run's facts.
     """
     found: dict[str, list[tuple[Done, float]]] = {arm.name: [] for arm in arms}
     for repeat in range(setting.repeats):
         for arm in arms if repeat % 2 == 0 else reversed(arms):
             work = arm.prepare()
             gc.collect()
-            held, watch = reset_peak(setting.device), Watch()
+            held, watch = reset_peak(setting.device, trim=repeat == 0), Watch()
             done = work()
             if setting.device == "cuda":
                 torch.cuda.synchronize()
@@ -223,8 +225,18 @@ def summary(runs: Sequence[tuple[Done, float]]) -> dict[str, Any]:
     }
 
 
-def reset_peak(device: str) -> float:
-    """Begin to watch memory anew; return the megabytes held now."""
+def reset_peak(device: str, trim: bool = False) -> float:
+    """Begin to watch memory anew; return the megabytes held now.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        trim: hand back to the system what was freed and kept (`trlhf.allocator`): else a peak below an earlier one
+            cannot be seen, but what comes next pays for fresh pages.
+    """
+    if trim and device != "cuda":
+        gc.collect()
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
