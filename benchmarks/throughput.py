@@ -1,4 +1,4 @@
-"""Speed side by side with peers, in one run: SFT, RL, DPO, evaluation and rollouts.
+"""Speed side by side with peers, in one run: SFT, RL, DPO, evaluation, rollouts; scaling, and the machine's limits.
 
     python benchmarks/throughput.py                          the CPU table, both shapes
     python benchmarks/throughput.py --only sft --models 25m  a part of it
@@ -31,6 +31,8 @@ SUBJECTS = {
     "dpo": ("throughput_dpo", "measure_dpo"),
     "eval": ("throughput_rollouts", "measure_evaluation"),
     "rollouts": ("throughput_rollouts", "measure_rollouts"),
+    "scaling": ("throughput_scaling", "measure_scaling"),
+    "limit": ("throughput_limit", "measure_limit"),
 }
 MODELS = ("micro", "25m")
 
@@ -97,7 +99,45 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(cells: dict[str, Any]) -> str:
-    """Return the cells as a markdown table: each arm's rate, and how many times as fast ours is."""
+    """Return the cells as markdown tables: against peers, how ours grows, and how near the machine's limits it is."""
+    compared = {name: cell for name, cell in cells.items() if "arms" in cell}
+    growing = [line for name, cell in cells.items() if "rows" in cell for line in grown(name, cell)]
+    limited = [line for name, cell in cells.items() if "limits" in cell for line in limits(name, cell)]
+    parts = [side_by_side(compared)] if compared else []
+    if growing:
+        heads = ["| series | size | time | over linear | peak memory |", "| --- |" + " ---: |" * 4]
+        parts.append("\n".join([*heads, *growing]))
+    if limited:
+        heads = ["| work | rate | of the matrix-product peak | of the memory bandwidth |", "| --- |" + " ---: |" * 3]
+        peaks = [
+            f"\n{name}: peaks measured {cell['peak_gflops']:.0f} GFLOP/s, {cell['bandwidth_gb']:.1f} GB/s"
+            for name, cell in cells.items()
+            if "limits" in cell
+        ]
+        parts.append("\n".join([*heads, *limited, *peaks]))
+    return "\n\n".join(parts)
+
+
+def grown(name: str, cell: dict[str, Any]) -> list[str]:
+    """Return the lines of a cell of `throughput_scaling`: series, size, time, growth, memory."""
+    return [
+        f"| {name}: {row['series']} | {row['size']:,} | {row['seconds']:.4g} s | "
+        f"{row['growth']:.2f} | {row['peak_mb']:.0f} MB |"
+        for row in cell["rows"]
+    ]
+
+
+def limits(name: str, cell: dict[str, Any]) -> list[str]:
+    """Return the lines of a cell of `throughput_limit`: work, rate, and its fractions of the peaks."""
+    return [
+        f"| {name}: {row['what']} | {row['per_second']:.4g} tokens/s | {row['of_flops']:.0%} | "
+        f"{format(row['of_bandwidth'], '.0%') if 'of_bandwidth' in row else ''} |"
+        for row in cell["limits"]
+    ]
+
+
+def side_by_side(cells: dict[str, Any]) -> str:
+    """Return each arm's rate, and how many times as fast ours is."""
     lines = ["| | arm | rate | trlhf is faster by | by CPU time | mark | peak memory |"]
     lines.append("| --- | --- |" + " ---: |" * 5)
     for name, cell in cells.items():
@@ -114,12 +154,15 @@ def table(cells: dict[str, Any]) -> str:
 
 def missed(cells: dict[str, Any]) -> list[str]:
     """Return the marks that are not reached."""
-    return [
+    slow = [
         f"{name}: {cell['ratios'][peer]:.2f} times {peer}, mark {mark}"
         for name, cell in cells.items()
         for peer, mark in cell.get("marks", {}).items()
         if peer in cell.get("ratios", {}) and cell["ratios"][peer] < mark
     ]
+    grows = [f"{name}: {what} is worse than linear" for name, cell in cells.items()
+             for what in cell.get("worse_than_linear", ())]  # fmt: skip
+    return slow + grows
 
 
 def main() -> int:

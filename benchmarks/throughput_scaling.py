@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from throughput_setting import Setting, Watch, build, peak, prompts, reset_peak, tokenizer
+from throughput_setting import Setting, Watch, build, endless, peak, prompts, reset_peak, tokenizer
 
 from trlhf.ledger import Ledger, question_key
 from trlhf.ledger_store import answer_table, question_row, question_table
@@ -113,7 +113,7 @@ def training(setting: Setting) -> Iterator[dict[str, Any]]:
 
 def rollouts(setting: Setting) -> Iterator[dict[str, Any]]:
     """Measure sampling, by responses decoded together: 8 of a prompt, cut at a length that all of them reach."""
-    model, ids = build(setting), tokenizer()
+    model, ids = endless(build(setting)), tokenizer()
     limit = setting.size(64, 32, 8)
     counts = setting.size(1, 1, 0) * [16, 64, 256] or [8, 16]
 
@@ -216,12 +216,3 @@ def ledger(setting: Setting) -> Iterator[dict[str, Any]]:
 def _knowledge(path: Path, budget: float) -> None:
     with Ledger(path, budget) as opened:
         opened.knowledge()
-
-
-def lines(name: str, cell: dict[str, Any]) -> list[str]:
-    """Return the rows of a cell as lines of a markdown table: series, size, time, growth, memory."""
-    return [
-        f"| {name}: {row['series']} | {row['size']:,} | {row['seconds']:.4g} s | "
-        f"{row['growth']:.2f} | {row['peak_mb']:.0f} MB |"
-        for row in cell["rows"]
-    ]

@@ -119,6 +119,14 @@ def build(setting: Setting, ends: bool = False, dtype: torch.dtype = torch.float
     return model
 
 
+def endless(model: Any) -> Any:
+    """Let a model of `build` never end a response by itself, so that all are as long as the limit says."""
+    bias = torch.zeros(model.config.vocab_size, dtype=model.dtype, device=model.device)
+    bias[model.config.eos_token_id] = -1e4
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return model
+
+
 def lengths(count: int) -> list[tuple[int, int]]:
     """Return tokens of ``count`` prompts and responses, GSM8K's over and over."""
     return [GSM8K_LENGTHS[i % len(GSM8K_LENGTHS)] for i in range(count)]

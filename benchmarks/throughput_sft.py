@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from throughput_setting import Arm, Done, Setting, Watch, alternate, build, compared, prompts, responses, tokenizer
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
@@ -23,7 +24,7 @@ from trlhf.run import StageDirectory
 from trlhf.sft.encode import IGNORED, EncodedDemonstration
 from trlhf.sft.report import StageCallback
 
-BATCH = 16  # demonstrations an optimizer step
+BATCH, MICROBATCH = 16, 8  # demonstrations an optimizer step, and a forward pass
 MAX_LENGTH = 512
 DEFAULT, PLAIN, PACKED = "TRL, default", "TRL, nothing recomputed", "TRL, packed, nothing recomputed"
 TOLERANCE = 1e-4  # nats a token, between the losses of one step
@@ -74,7 +75,7 @@ def trl_arm(
 
 def trl_arguments(setting: Setting, **options: Any) -> TrlConfig:
     """Return TRL's arguments where they decide what is computed; all others keep their defaults."""
-    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": BATCH // 8} | options
+    options = {"per_device_train_batch_size": MICROBATCH, "gradient_accumulation_steps": BATCH // MICROBATCH} | options
     return TrlConfig(
         output_dir=str(setting.folder / "trl"),
         num_train_epochs=1,
@@ -101,6 +102,7 @@ def our_arm(rows: Sequence[EncodedDemonstration], setting: Setting, build_model:
         clock = Clock()
         callback = StageCallback(stage)
         trainer = ours.make_trainer(build_model(), rows, tokenizer(), config, folder / "checkpoints", callback)
+        trainer.args.save_strategy = SaveStrategy.NO  # as TRL's arms: none of them writes the model
         trainer.add_callback(clock)
 
         def work() -> Done:
@@ -117,7 +119,7 @@ def our_config(setting: Setting, folder: Path) -> Config:
     return Config(
         run=RunConfig(dir=str(folder)),
         model=ModelConfig(max_length=MAX_LENGTH),
-        sft=OurConfig(epochs=1, learning_rate=1e-4, batch_size=BATCH, save_steps=10**6),
+        sft=OurConfig(epochs=1, learning_rate=1e-4, batch_size=BATCH, microbatch_size=MICROBATCH, save_steps=10**6),
         hardware=HardwareConfig(device="cuda" if setting.device == "cuda" else "cpu"),
     )
 

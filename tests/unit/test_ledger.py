@@ -576,7 +576,8 @@ def test_what_was_spent_is_added_up_from_where_the_last_look_ended(tmp_path: Pat
             one.ask(verdicts(8, start=4), Scripted())
         with pytest.raises(RuntimeError), one._store.writing() as connection:
             one._affordable(connection, {question_key(q): q for q in verdicts(1, start=4)})
-            connection.exec_driver_sql("INSERT INTO questions SELECT 99, 'x', kind, prompt_id, prompt, responses, answer,"
-                                       " why, round, repeat, 5, time FROM questions WHERE id = 1")  # fmt: skip
+            columns = "kind, prompt_id, prompt, responses, answer, why, round, repeat"
+            copy = f"INSERT INTO questions SELECT 99, 'x', {columns}, 5, time FROM questions WHERE id = 1"
+            connection.exec_driver_sql(copy)
             raise RuntimeError("rolled back")
         assert one.spent == two.spent == 3
