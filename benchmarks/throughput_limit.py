@@ -39,15 +39,14 @@ BATCHES = (1, 16, 128)  # responses decoded together
 def timed(work: Callable[[], object], device: str, least: float = 0.3) -> float:
     """Return the shortest time of a repetition of some work, in seconds of this process on a CPU."""
     clock = time.perf_counter if device == "cuda" else time.process_time
-    best, begun = float("inf"), time.perf_counter()
     work()
-    while time.perf_counter() - begun < least:
+    best, begun = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begun < least:
         start = clock()
-        for _ in range(3):
-            work()
+        work()
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, (clock() - start) / 3)
+        best = min(best, clock() - start)
     return best
 
 
