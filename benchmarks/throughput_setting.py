@@ -48,6 +48,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(64, 128, 2, 4, 2),  # stands in for the next ones in a smoke test
     "micro": Shape(128, 384, 4, 4, 2),  # the embedded base
     "25m": Shape(512, 1408, 8, 8, 4),
     "mistral-7b": Shape(4096, 14336, 32, 32, 8, 32_000, 32_768),
@@ -59,8 +60,7 @@ class Setting:
     """How a measurement runs.
 
     Attributes:
-        model: a key of `SHAPES`.
-        weights: ``random``, or ``pretrained`` (the embedded base, or Mistral's from the hub).
+        model: a key of `SHAPES`; weights are random.
         device: ``cpu`` or ``cuda``.
         repeats: runs of every arm, which take turns.
         quick: sizes of a smoke test, whose figures mean nothing.
@@ -68,7 +68,6 @@ class Setting:
     """
 
     model: str = "micro"
-    weights: str = "random"
     device: str = "cpu"
     repeats: int = 3
     quick: bool = False
@@ -206,6 +205,7 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
     found: dict[str, list[tuple[Done, float]]] = {arm.name: [] for arm in arms}
     for repeat in range(setting.repeats):
         for arm in arms if repeat % 2 == 0 else reversed(arms):
+            release(setting.device)  # the last arm's models, before the next one's are there
             work = arm.prepare()
             gc.collect()
             held, watch = reset_peak(setting.device, trim=repeat == 0), Watch()
@@ -216,6 +216,13 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
             found[arm.name].append((done, peak(setting.device) - held))
             del work
     return {name: summary(runs) for name, runs in found.items()}
+
+
+def release(device: str) -> None:
+    """Let go of what nobody uses any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def summary(runs: Sequence[tuple[Done, float]]) -> dict[str, Any]:

@@ -50,7 +50,12 @@ def demonstrations(count: int, ids: PreTrainedTokenizerBase) -> list[EncodedDemo
 
 
 def trl_arm(
-    name: str, rows: Sequence[EncodedDemonstration], setting: Setting, build_model: Callable[[], Any], **options: Any
+    name: str,
+    rows: Sequence[EncodedDemonstration],
+    setting: Setting,
+    build_model: Callable[[], Any],
+    adapters: Any = None,
+    **options: Any,
 ) -> Arm:
     """Return an arm that trains TRL's trainer on tokens and labels, one pass over the rows."""
 
@@ -62,10 +67,15 @@ def trl_arm(
         if options.get("packing"):
             from trl.data_utils import pack_dataset
 
-            data = pack_dataset(data, MAX_LENGTH, "bfd")
+            data = pack_dataset(data, arguments.max_length, "bfd")
         clock = Clock()
         trainer = SFTTrainer(
-            model=build_model(), args=arguments, train_dataset=data, processing_class=tokenizer(), callbacks=[clock]
+            model=build_model(),
+            args=arguments,
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=adapters,
+            callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
         return lambda: _train(trainer, clock, rows)
@@ -82,26 +92,30 @@ def trl_arguments(setting: Setting, **options: Any) -> TrlConfig:
         learning_rate=1e-4,
         use_cpu=setting.device == "cpu",
         dataloader_pin_memory=setting.device != "cpu",
-        max_length=MAX_LENGTH,
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="no",
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        **{"bf16": False} | options,
+        **{"bf16": False, "max_length": MAX_LENGTH} | options,
     )
 
 
-def our_arm(rows: Sequence[EncodedDemonstration], setting: Setting, build_model: Callable[[], Any]) -> Arm:
+def our_arm(
+    rows: Sequence[EncodedDemonstration],
+    setting: Setting,
+    build_model: Callable[[], Any],
+    config: Config | None = None,
+) -> Arm:
     """Return an arm that trains as the SFT stage does, without reading and writing models."""
 
     def prepare() -> Callable[[], Done]:
         folder = setting.folder.resolve()
-        config = our_config(setting, folder)
+        how = config or our_config(setting, folder)
         stage = StageDirectory(folder / "sft", folder)
         clock = Clock()
         callback = StageCallback(stage)
-        trainer = ours.make_trainer(build_model(), rows, tokenizer(), config, folder / "checkpoints", callback)
+        trainer = ours.make_trainer(build_model(), rows, tokenizer(), how, folder / "checkpoints", callback)
         trainer.args.save_strategy = SaveStrategy.NO  # as TRL's arms: none of them writes the model
         trainer.add_callback(clock)
 
