@@ -1,8 +1,8 @@
 """The same comparisons on a GPU with 7B shapes: SFT, rollouts, a PPO step of four roles, DPO; each beside TRL's arm.
 
 Random weights of Mistral's shape, in bfloat16, are written to a folder once (15 GB); every arm loads them from there,
-in 4 bits where it says NF4. What every arm reports: its rate, the most memory it held, and what it reaches of the matrix
-products that the card does per second (training), or of its bandwidth (decoding), both measured in the same run.
+in 4 bits where it says NF4. What every arm reports: its rate, the most memory it held, and what it reaches of the
+matrix products that the card does per second (training), or of its bandwidth (decoding), both measured in this run.
 """
 
 from __future__ import annotations

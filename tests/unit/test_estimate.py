@@ -215,7 +215,7 @@ def test_what_decoding_holds(folder: Path) -> None:
         for _ in range(70):
             decoder.step(torch.zeros(8, dtype=torch.long))
     held = sum(keys.nbytes + values.nbytes for keys, values in decoder._shared.layers)
-    held += sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder._layers)
+    held += sum(keys.nbytes + values.nbytes for keys, values in (layer._held for layer in decoder._layers))
     run = Config(model=ModelConfig(name=str(folder)))
     job = Job(run, shape(folder), longest_possible(run))
     _, writing = decoding(job, 8, 4, 30, 70, "float32")

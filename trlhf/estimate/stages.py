@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from trlhf.checks import labels_come_with
 from trlhf.config import ModelConfig
-from trlhf.estimate.activations import Rows, forward_of
+from trlhf.estimate.activations import Packed, Rows, forward_of
 from trlhf.estimate.memory import Job, Phase
 from trlhf.estimate.passes import POOLED_ROWS, backward, decoding, fused_head, of_responses, own_head, reading
 from trlhf.run import planned
@@ -47,7 +47,14 @@ def _sft(job: Job) -> Iterator[Phase]:
     how = forward_of(config.model, training=True, masked=sft.packing or rows > 1)
     held = {"weights": job.base, "adapters": job.adapter, "optimizer": 2 * job.learned}
     head = 4.0 * shape.vocabulary * shape.hidden if job.full else 0.0
-    parts = backward(job, how, Rows(rows, width), fused_head(job, how, rows * width))
+    own = not (sft.packing or config.model.gradient_checkpointing or config.model.attention.startswith("flash"))
+    if own and job.processes == 1:  # trlhf.sft.unpadded; of the longest rows that share a step at random
+        width = round((width + lengths.mean_demonstration) / 2) if rows > 1 else width
+        prompt = max(1, min(round(lengths.mean_prompt), width - 1))
+        labels = rows * (width - prompt)
+        parts = backward(job, how, Packed(rows, prompt, rows, width - prompt), 1.25 * own_head(job, how, labels))
+    else:
+        parts = backward(job, how, Rows(rows, width), fused_head(job, how, rows * width))
     yield Phase("sft", "backward pass", held | parts | {"gradients": job.learned if steps > 1 else head})
     yield Phase("sft", "optimizer step", held | {"gradients": job.learned, "other": _step(job)})
 
