@@ -34,14 +34,16 @@ SUBJECTS = {
     "rollouts": ("throughput_rollouts", "measure_rollouts"),
     "scaling": ("throughput_scaling", "measure_scaling"),
     "limit": ("throughput_limit", "measure_limit"),
+    "engines": ("throughput_engines", "measure_engines"),
 }
+TABLE = [name for name in SUBJECTS if name != "engines"]  # which is measured where it is asked for
 MODELS, LARGE = ("micro", "25m"), ("mistral-7b",)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="subjects")
+    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=TABLE, help="subjects")
     parser.add_argument("--models", nargs="+", choices=(*MODELS, *LARGE), default=None, help="shapes")
     parser.add_argument("--hardware", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--weights", choices=("random",), default="random", help="nothing is downloaded")
