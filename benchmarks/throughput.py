@@ -36,6 +36,7 @@ SUBJECTS = {
     "limit": ("throughput_limit", "measure_limit"),
     "engines": ("throughput_engines", "measure_engines"),
 }
+BEGIN, END = "<!-- the tables, written by benchmarks/throughput.py -->", "<!-- end of the tables -->"
 TABLE = [name for name in SUBJECTS if name != "engines"]  # which is measured where it is asked for
 MODELS, LARGE = ("micro", "25m"), ("mistral-7b",)
 
@@ -112,7 +113,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if gpu:
         run_gpu(options, results, output)
     for model in () if gpu else options.models:
-        setting = Setting(model=model, repeats=options.repeats, quick=options.quick, folder=options.folder)
+        repeats = options.repeats if model == "micro" else max(1, options.repeats - 1)  # a large one's runs are long
+        setting = Setting(model=model, repeats=repeats, quick=options.quick, folder=options.folder)
         for subject in options.only:
             name = f"{subject}, {model}"
             if name in results["cells"]:
@@ -220,12 +222,31 @@ def missed(cells: dict[str, Any]) -> list[str]:
     return found
 
 
+def write_docs(results: dict[str, Any], path: Path = ROOT / "docs" / "performance.md") -> None:
+    """Put the tables into the document, between its marks, with where they come from."""
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n\n{of_docs(results)}\n\n{END}{after}", encoding="utf-8")
+
+
+def of_docs(results: dict[str, Any]) -> str:
+    """Return what the document says of some results: command, commit, machine, load, tables."""
+    machine = results["hardware"]
+    loads = [load for cell in results["cells"].values() for load in cell.get("load", ())]
+    where = f"{machine['cpu']}, {machine['threads']} thread, load {min(loads):g} to {max(loads):g}"
+    return f"`{results['command']}`, commit {results['commit']}, {where}:\n\n{table(results['cells'])}"
+
+
 def main() -> int:
     """Measure; 1 where a mark is missed, except in a smoke test."""
     options = parse(sys.argv[1:])
     refuse_without_card(options)
     prepare()
-    misses = missed(run(options)["cells"])
+    results = run(options)
+    if not (options.quick or options.output or options.hardware == "gpu"):
+        write_docs(results)
+    misses = missed(results["cells"])
     for line in misses:
         print(line)
     return 1 if misses and not options.quick else 0

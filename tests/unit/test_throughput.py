@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import throughput
 import torch
+from provenance import RESULTS, ROOT
 from throughput_limit import decoding_bytes, training_flops, weights_of
 from throughput_scaling import worse
 from throughput_setting import SHAPES, Shape
@@ -63,3 +66,22 @@ def test_flops_and_bytes_by_hand() -> None:
     assert training_flops(shape, 1, 6, 2) - training_flops(shape, 1, 0, 2) == 2 * (2 * 2 * 8 * 6) / 2  # qk and pv, half
     assert decoding_bytes(shape, 5, 7, 2) == 2 * (weights_of(shape) + 5 * 7 * 2 * 2 * 4)
     assert 7.0e9 < weights_of(SHAPES["mistral-7b"]) < 7.2e9
+
+
+def test_the_document_has_the_tables_of_the_results(tmp_path: Path) -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert document.count(throughput.BEGIN) == document.count(throughput.END) == 1
+    path = RESULTS / "throughput.json"
+    if path.exists():
+        assert throughput.of_docs(json.loads(path.read_text(encoding="utf-8"))) in document
+    copy = tmp_path / "copy.md"
+    copy.write_text(document, encoding="utf-8")
+    arm = {"per_second": 2.0, "peak_mb": 3.0}
+    compared = {"unit": "tokens/s", "arms": {"trlhf": arm, "TRL": arm}, "marks": {}, "load": [0.5, 1.0]}
+    compared |= {"ratios": {"TRL": 1.0}, "ratios_cpu": {"TRL": 1.0}}
+    machine = {"cpu": "a CPU", "threads": "1"}
+    throughput.write_docs({"command": "c", "commit": "d", "hardware": machine, "cells": {"x": compared}}, copy)
+    written = copy.read_text(encoding="utf-8")
+    assert "`c`, commit d, a CPU, 1 thread, load 0.5 to 1:" in written and "| x | TRL | 2 tokens/s | 1.00 |" in written
+    assert written.startswith(document.split(throughput.BEGIN)[0])
+    assert written.endswith(document.split(throughput.END)[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from trlhf.estimate.lengths import Lengths, lengths_of
 
 if TYPE_CHECKING:
     from trlhf.tasks import Task
+
+SOME = 64  # prompts, enough to tell what all begin with
 
 
 def at_hand(config: Config) -> bool:
@@ -60,4 +63,5 @@ def measure(task: Task, tokenizer: Any, config: Config) -> Lengths:
         fitting(task.test, config.evaluation.max_new_tokens),
         config,
         [length for length in labelled if length <= config.model.max_length],
+        len(commonprefix([encode_prompt(tokenizer, prompt.messages) for prompt in [*task.pool, *task.test][-SOME:]])),
     )
