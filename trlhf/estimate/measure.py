@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,5 +63,10 @@ def measure(task: Task, tokenizer: Any, config: Config) -> Lengths:
         fitting(task.test, config.evaluation.max_new_tokens),
         config,
         [length for length in labelled if length <= config.model.max_length],
-        len(commonprefix([encode_prompt(tokenizer, prompt.messages) for prompt in [*task.pool, *task.test][-SOME:]])),
+        _common([encode_prompt(tokenizer, prompt.messages) for prompt in [*task.pool, *task.test][-SOME:]]),
     )
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all rows begin with."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))

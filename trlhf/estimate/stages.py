@@ -81,13 +81,13 @@ def _reward(job: Job) -> Iterator[Phase]:
         for parts in decoding(job, batch, samples, lengths.prompt, lengths.response, config.model.dtype):
             yield Phase("reward", "sampling", held | parts)
     weights = job.shape.parameters * 4.0 if reward.finetune == "full" else base
-    held = {"weights": weights, "adapters": sft_adapter}
+    learned = 4.0 * (job.shape.parameters if reward.finetune == "full" else job.shape.adapter_parameters(config.model))
+    adapters = sft_adapter + (learned if reward.finetune == "lora" else 0.0)
+    held = {"weights": weights, "adapters": adapters}  # read once more when it has been trained
     yield Phase("reward", "reading", held | reading(job, labelled, length, own))
     if reward.finetune == "frozen":
         return
-    learned = 4.0 * (job.shape.parameters if reward.finetune == "full" else job.shape.adapter_parameters(config.model))
-    adapters = sft_adapter + (learned if reward.finetune == "lora" else 0.0)
-    held = {"weights": weights, "adapters": adapters, "gradients": learned, "optimizer": 2 * learned}
+    held |= {"gradients": learned, "optimizer": 2 * learned}
     held["other"] = 2 * learned  # the best epoch so far, and the next
     how = forward_of(_as_trained(job, reward.finetune), training=False, masked=True)
     # A comparison is about two responses, but a verdict becomes a label of every response that ends as it says.
