@@ -67,15 +67,19 @@ def decoding(job: Job, batch: int, samples: int, prompt: int, response: int, dty
     ]
 
 
-def reading(job: Job, rows: int, length: int, dtype: str) -> dict[str, float]:
-    """Return what reading hidden states of all layers takes, without gradients: the reward model's features."""
+def reading(job: Job, rows: int, length: int, dtype: str, adapted: bool = False) -> dict[str, float]:
+    """Return what reading hidden states of all layers takes, without gradients: the reward model's features.
+
+    Where the linear layers have adapters, what one of them adds is there beside what it is added to.
+    """
     shape, value = job.shape, BYTES[dtype]
     tokens = float(min(min(POOLED_ROWS, rows) * length, max(POOLED_TOKENS, length)))
     states = tokens * (shape.layers - 1) * shape.hidden * value  # beside those of the last layer's pass
     pooled = tokens * shape.hidden * (3 * value + 2 * 4 * 2 + 2 * 4 + (0 if value == 4 else 2 * 2 + 4))
     masks = tokens * length * (1 + value)
     forks = float(min(POOLED_LOGITS, tokens) * shape.vocabulary * (value + 3 * 4))
-    temporaries = max(forward_temporaries(shape, value, tokens) + masks, pooled)
+    added = tokens * shape.intermediate * value if adapted else 0.0
+    temporaries = max(forward_temporaries(shape, value, tokens) + added + masks, pooled)
     return {"activations": states + temporaries, "logits": forks}
 
 

@@ -84,7 +84,7 @@ def _reward(job: Job) -> Iterator[Phase]:
     learned = 4.0 * (job.shape.parameters if reward.finetune == "full" else job.shape.adapter_parameters(config.model))
     adapters = sft_adapter + (learned if reward.finetune == "lora" else 0.0)
     held = {"weights": weights, "adapters": adapters}  # read once more when it has been trained
-    yield Phase("reward", "reading", held | reading(job, labelled, length, own))
+    yield Phase("reward", "reading", held | reading(job, labelled, length, own, adapters > 0))
     if reward.finetune == "frozen":
         return
     held |= {"gradients": learned, "optimizer": 2 * learned}
@@ -123,9 +123,13 @@ def _rl(job: Job) -> Iterator[Phase]:
     looked_at = config.targeting.candidates * config.targeting.samples_per_prompt
     length = max(lengths.prompt + lengths.response, lengths.labelled_response)
     fresh = {"weights": weights, "adapters": adapters}  # the first round's reading comes before any step
-    yield Phase("rl", "first reading", fresh | reading(job, max(looked_at, lengths.labelled), length, job.loaded))
+    yield Phase(
+        "rl", "first reading", fresh | reading(job, max(looked_at, lengths.labelled), length, job.loaded, adapters > 0)
+    )
     later = sampled if rl.rounds == 1 else max(sampled, looked_at)
-    yield Phase("rl", "reading", held | reading(job, later, lengths.prompt + lengths.response, job.loaded))
+    yield Phase(
+        "rl", "reading", held | reading(job, later, lengths.prompt + lengths.response, job.loaded, adapters > 0)
+    )
     group = 2 if rl.algorithm == "dpo" else rl.samples_per_prompt
     how, layout = of_responses(model, lengths.prompt, lengths.response, rl.microbatch_size, group)
     logits = own_head(job, how, rl.microbatch_size * lengths.response)
