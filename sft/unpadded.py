@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType  # type: ignore[import-untyped, unused-ignore]
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -42,7 +42,8 @@ class UnpaddedTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
         """Return the negative log-likelihood of the labels, in nats, over ``num_items_in_batch``, those of the step."""
         causal = self._ours(model, inputs)
         if return_outputs or causal is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            theirs: Any = super()
+            return theirs.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch, counts = unpadded(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         with self.accelerator.autocast():
             logprobs, entropy, right = label_logprobs(causal, batch.to(causal.device), counts.to(causal.device))

@@ -175,10 +175,10 @@ def _read_packed(
     found: list[Any] = cache.layers
     held = []
     for layer in found:
-        held.append(
-            tuple(rows_of(x[0].transpose(0, 1), packed.prompts).contiguous() for x in (layer.keys, layer.values))
-        )
+        keys, values = (rows_of(x[0].transpose(0, 1), packed.prompts).contiguous() for x in (layer.keys, layer.values))
+        held.append((keys, values))
         layer.keys = layer.values = None  # a layer at a time: both ways of laying them out are never held of all
     lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
     mask = (torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]).long()
-    return mask, output.logits[0], held
+    logits: Tensor = output.logits[0]
+    return mask, logits, held

@@ -139,16 +139,15 @@ def packed_attention(
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
     each = queries.shape[1] // keys.shape[1]
     prompt_keys, prompt_values = rows_of(keys, packed.prompts), rows_of(values, packed.prompts)
-    repeated = _repeat(prompt_keys, each), _repeat(prompt_values, each)
-    common, parts = packed.common, []
+    on_keys, on_values = _repeat(prompt_keys, each), _repeat(prompt_values, each)
+    common, parts, later = packed.common, [], packed.prompts[:, packed.common :]
     if common:
-        first = (x[:1, :, :common] for x in repeated)
-        found = scaled_dot_product_attention(
-            rows_of(queries, packed.prompts[:1, :common]), *first, is_causal=True, **options
-        )
+        asking, seen = rows_of(queries, packed.prompts[:1, :common]), (slice(1), slice(None), slice(common))
+        found = scaled_dot_product_attention(asking, on_keys[seen], on_values[seen], is_causal=True, **options)
         parts.append(found.transpose(1, 2).flatten(0, 1))
-    later = {"attn_mask": _behind(packed, query.dtype)} if common else {"is_causal": True}
-    found = scaled_dot_product_attention(rows_of(queries, packed.prompts[:, common:]), *repeated, **later, **options)
+    mask = _behind(packed, query.dtype) if common else None
+    asking = rows_of(queries, later)
+    found = scaled_dot_product_attention(asking, on_keys, on_values, attn_mask=mask, is_causal=not common, **options)
     parts.append(found.transpose(1, 2).flatten(0, 1))
     if packed.responses.shape[1]:
         both = (
