@@ -32,10 +32,11 @@ SMALL = (
     *("rl.rounds=1", "rl.steps_per_round=2", "targeting.candidates=32", "rl.value_warmup_steps=1"),
 )
 LARGER = (
-    *("data=file", "sft.epochs=1", "rl.rounds=1", "rl.steps_per_round=1", "rl.value_warmup_steps=0", "rl.epochs=1"),
+    *("data=file", "sft.epochs=1", "rl.rounds=1", "rl.steps_per_round=1", "rl.value_warmup_steps=0", "rl.epochs=2"),
     *("rl.max_new_tokens=48", "evaluation.max_new_tokens=48", "rl.prompts_per_step=8", "rl.samples_per_prompt=4"),
     *("rl.minibatch_size=16", "rl.rollout_batch_size=32", "evaluation.batch_size=32", "targeting.candidates=16"),
     *("targeting.samples_per_prompt=2", "targeting.budget=10", "rl.unverified_share=0.5", "reward.epochs=1"),
+    "rl.anchor_coef=0",  # a random model masters nothing that could be an anchor
 )
 LORA = ("model.lora.enabled=true", "reward.finetune=lora", "reward.epochs=1")
 EIGHT = ("sft.microbatch_size=8", "rl.microbatch_size=8", "reward.microbatch_size=4")

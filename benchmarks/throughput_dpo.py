@@ -87,12 +87,8 @@ def two_models(setting: Setting) -> tuple[Any, Any]:
     return policy.train(), reference.eval()
 
 
-def our_pairs(
-    setting: Setting, ids: PreTrainedTokenizerBase, pairs: Sequence[Pair], rl: RlConfig
-) -> Callable[[], Done]:
-    """Return our update on groups of two samples, of which labels decided one to be right."""
-    policy, reference = two_models(setting)
-    learner = DpoLearner(Role(policy.eval()), Role(reference).frozen(), rl, int(ids.pad_token_id))
+def groups_of(pairs: Sequence[Pair]) -> list[Group]:
+    """Return groups of two samples, of which labels decided one to be right."""
     groups = []
     for i, pair in enumerate(pairs):
         prompt = Prompt(f"p{i}", ({"role": "user", "content": f"{i}"},))
@@ -100,6 +96,16 @@ def our_pairs(
             Rollout(prompt.id, "", tokens, (0.0,) * len(tokens)) for tokens in (pair.chosen_ids, pair.rejected_ids)
         )
         groups.append(Group(prompt, pair.prompt_ids, drawn, (1.0, 0.0), (True, True)))
+    return groups
+
+
+def our_pairs(
+    setting: Setting, ids: PreTrainedTokenizerBase, pairs: Sequence[Pair], rl: RlConfig
+) -> Callable[[], Done]:
+    """Return our update on groups of two samples, of which labels decided one to be right."""
+    policy, reference = two_models(setting)
+    learner = DpoLearner(Role(policy.eval()), Role(reference).frozen(), rl, int(ids.pad_token_id))
+    groups = groups_of(pairs)
 
     def work() -> Done:
         metrics = learner.update(groups, [], random.Random(0), 1.0)

@@ -47,28 +47,32 @@ def generated(
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
 
-def generate_arm(model: Any, ids: PreTrainedTokenizerBase, asked: Sequence[Prompt]) -> Arm:
+def generate_arm(
+    model: Any, ids: PreTrainedTokenizerBase, asked: Sequence[Prompt], batch: int = BATCH, limit: int = LIMIT
+) -> Arm:
     """Return an arm that samples by ``generate``, in batches of like length as ours are."""
     ordered = sorted(asked, key=lambda prompt: len(encode_prompt(ids, prompt.messages)))
-    size = BATCH // SAMPLES
+    size = batch // SAMPLES
 
     def work() -> Done:
         torch.manual_seed(0)
         rows = [
             row
             for start in range(0, len(ordered), size)
-            for row in generated(model, ids, ordered[start : start + size], SAMPLES, True, LIMIT)
+            for row in generated(model, ids, ordered[start : start + size], SAMPLES, True, limit)
         ]
         return Done(sum(map(len, rows)), {"responses": len(rows)})
 
     return Arm("generate", lambda: work)
 
 
-def our_arm(model: Any, ids: PreTrainedTokenizerBase, asked: Sequence[Prompt]) -> Arm:
+def our_arm(
+    model: Any, ids: PreTrainedTokenizerBase, asked: Sequence[Prompt], batch: int = BATCH, limit: int = LIMIT
+) -> Arm:
     """Return an arm that samples as the rl stage does."""
 
     def work() -> Done:
-        sampling = Sampling(1.0, LIMIT, SAMPLES, BATCH)
+        sampling = Sampling(1.0, limit, SAMPLES, batch)
         groups = sample_responses(model, ids, asked, sampling, torch.Generator().manual_seed(0))
         rows = [rollout.token_ids for group in groups for rollout in group]
         return Done(sum(map(len, rows)), {"responses": len(rows)})

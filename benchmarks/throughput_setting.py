@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import statistics
@@ -47,6 +48,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(64, 128, 2, 4, 2),  # stands in for the next ones in a smoke test
     "micro": Shape(128, 384, 4, 4, 2),  # the embedded base
     "25m": Shape(512, 1408, 8, 8, 4),
     "mistral-7b": Shape(4096, 14336, 32, 32, 8, 32_000, 32_768),
@@ -58,8 +60,7 @@ class Setting:
     """How a measurement runs.
 
     Attributes:
-        model: a key of `SHAPES`.
-        weights: ``random``, or ``pretrained`` (the embedded base, or Mistral's from the hub).
+        model: a key of `SHAPES`; weights are random.
         device: ``cpu`` or ``cuda``.
         repeats: runs of every arm, which take turns.
         quick: sizes of a smoke test, whose figures mean nothing.
@@ -67,7 +68,6 @@ class Setting:
     """
 
     model: str = "micro"
-    weights: str = "random"
     device: str = "cpu"
     repeats: int = 3
     quick: bool = False
@@ -115,6 +115,14 @@ def build(setting: Setting, ends: bool = False, dtype: torch.dtype = torch.float
                 model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     finally:
         torch.set_default_dtype(before)
+    return model
+
+
+def endless(model: Any) -> Any:
+    """Let a model of `build` never end a response by itself, so that all are as long as the limit says."""
+    bias = torch.zeros(model.config.vocab_size, dtype=model.dtype, device=model.device)
+    bias[model.config.eos_token_id] = -1e4
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     return model
 
 
@@ -191,14 +199,16 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
 
     Returns:
         By arm: ``per_second`` (median), ``seconds`` and ``cpu_seconds`` of each run, ``units``, ``peak_mb`` above what
-        was held before (largest), and the last run's facts.
+        was held before (largest; on a CPU that of the first run, before which freed memory is handed back), and the
+        last run's facts.
     """
     found: dict[str, list[tuple[Done, float]]] = {arm.name: [] for arm in arms}
     for repeat in range(setting.repeats):
         for arm in arms if repeat % 2 == 0 else reversed(arms):
+            release(setting.device)  # the last arm's models, before the next one's are there
             work = arm.prepare()
             gc.collect()
-            held, watch = reset_peak(setting.device), Watch()
+            held, watch = reset_peak(setting.device, trim=repeat == 0), Watch()
             done = work()
             if setting.device == "cuda":
                 torch.cuda.synchronize()
@@ -206,6 +216,13 @@ def alternate(arms: Sequence[Arm], setting: Setting) -> dict[str, dict[str, Any]
             found[arm.name].append((done, peak(setting.device) - held))
             del work
     return {name: summary(runs) for name, runs in found.items()}
+
+
+def release(device: str) -> None:
+    """Let go of what nobody uses any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def summary(runs: Sequence[tuple[Done, float]]) -> dict[str, Any]:
@@ -223,8 +240,18 @@ def summary(runs: Sequence[tuple[Done, float]]) -> dict[str, Any]:
     }
 
 
-def reset_peak(device: str) -> float:
-    """Begin to watch memory anew; return the megabytes held now."""
+def reset_peak(device: str, trim: bool = False) -> float:
+    """Begin to watch memory anew; return the megabytes held now.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        trim: hand back to the system what was freed and kept (`trlhf.allocator`): else a peak below an earlier one
+            cannot be seen, but what comes next pays for fresh pages.
+    """
+    if trim and device != "cuda":
+        gc.collect()
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from throughput_setting import Arm, Done, Setting, Watch, alternate, build, compared, prompts, responses, tokenizer
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
@@ -23,7 +24,7 @@ from trlhf.run import StageDirectory
 from trlhf.sft.encode import IGNORED, EncodedDemonstration
 from trlhf.sft.report import StageCallback
 
-BATCH = 16  # demonstrations an optimizer step
+BATCH, MICROBATCH = 16, 8  # demonstrations an optimizer step, and a forward pass
 MAX_LENGTH = 512
 DEFAULT, PLAIN, PACKED = "TRL, default", "TRL, nothing recomputed", "TRL, packed, nothing recomputed"
 TOLERANCE = 1e-4  # nats a token, between the losses of one step
@@ -49,7 +50,12 @@ def demonstrations(count: int, ids: PreTrainedTokenizerBase) -> list[EncodedDemo
 
 
 def trl_arm(
-    name: str, rows: Sequence[EncodedDemonstration], setting: Setting, build_model: Callable[[], Any], **options: Any
+    name: str,
+    rows: Sequence[EncodedDemonstration],
+    setting: Setting,
+    build_model: Callable[[], Any],
+    adapters: Any = None,
+    **options: Any,
 ) -> Arm:
     """Return an arm that trains TRL's trainer on tokens and labels, one pass over the rows."""
 
@@ -61,10 +67,15 @@ def trl_arm(
         if options.get("packing"):
             from trl.data_utils import pack_dataset
 
-            data = pack_dataset(data, MAX_LENGTH, "bfd")
+            data = pack_dataset(data, arguments.max_length, "bfd")
         clock = Clock()
         trainer = SFTTrainer(
-            model=build_model(), args=arguments, train_dataset=data, processing_class=tokenizer(), callbacks=[clock]
+            model=build_model(),
+            args=arguments,
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=adapters,
+            callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
         return lambda: _train(trainer, clock, rows)
@@ -74,33 +85,38 @@ def trl_arm(
 
 def trl_arguments(setting: Setting, **options: Any) -> TrlConfig:
     """Return TRL's arguments where they decide what is computed; all others keep their defaults."""
-    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": BATCH // 8} | options
+    options = {"per_device_train_batch_size": MICROBATCH, "gradient_accumulation_steps": BATCH // MICROBATCH} | options
     return TrlConfig(
         output_dir=str(setting.folder / "trl"),
         num_train_epochs=1,
         learning_rate=1e-4,
         use_cpu=setting.device == "cpu",
         dataloader_pin_memory=setting.device != "cpu",
-        max_length=MAX_LENGTH,
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="no",
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        **{"bf16": False} | options,
+        **{"bf16": False, "max_length": MAX_LENGTH} | options,
     )
 
 
-def our_arm(rows: Sequence[EncodedDemonstration], setting: Setting, build_model: Callable[[], Any]) -> Arm:
+def our_arm(
+    rows: Sequence[EncodedDemonstration],
+    setting: Setting,
+    build_model: Callable[[], Any],
+    config: Config | None = None,
+) -> Arm:
     """Return an arm that trains as the SFT stage does, without reading and writing models."""
 
     def prepare() -> Callable[[], Done]:
         folder = setting.folder.resolve()
-        config = our_config(setting, folder)
+        how = config or our_config(setting, folder)
         stage = StageDirectory(folder / "sft", folder)
         clock = Clock()
         callback = StageCallback(stage)
-        trainer = ours.make_trainer(build_model(), rows, tokenizer(), config, folder / "checkpoints", callback)
+        trainer = ours.make_trainer(build_model(), rows, tokenizer(), how, folder / "checkpoints", callback)
+        trainer.args.save_strategy = SaveStrategy.NO  # as TRL's arms: none of them writes the model
         trainer.add_callback(clock)
 
         def work() -> Done:
@@ -117,7 +133,7 @@ def our_config(setting: Setting, folder: Path) -> Config:
     return Config(
         run=RunConfig(dir=str(folder)),
         model=ModelConfig(max_length=MAX_LENGTH),
-        sft=OurConfig(epochs=1, learning_rate=1e-4, batch_size=BATCH, save_steps=10**6),
+        sft=OurConfig(epochs=1, learning_rate=1e-4, batch_size=BATCH, microbatch_size=MICROBATCH, save_steps=10**6),
         hardware=HardwareConfig(device="cuda" if setting.device == "cuda" else "cpu"),
     )
 

@@ -33,9 +33,9 @@ from trlhf.run import CHECKPOINTS
 from trlhf.sft.checkpoints import newest_whole
 from trlhf.sft.encode import IGNORED, EncodedDemonstration, check_encoded, encode_demonstrations
 from trlhf.sft.even import EvenTrainer, filled
-from trlhf.sft.order import StepOrder
 from trlhf.sft.report import AllStepsDone, StageCallback
 from trlhf.sft.templates import base_tokenizer
+from trlhf.sft.unpadded import UnpaddedTrainer
 from trlhf.types import Demonstration, RowReport
 
 if TYPE_CHECKING:
@@ -160,16 +160,6 @@ def _fit(
     return trainer
 
 
-class _OrderedTrainer(SFTTrainer):
-    """TRL's trainer, with its rows in the order of `StepOrder`."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return StepOrder([len(ids) for ids in rows["input_ids"]], step, int(args.data_seed or 0))
-
-
 def make_trainer(
     model: PreTrainedModel,
     encoded: Sequence[EncodedDemonstration],
@@ -197,7 +187,7 @@ def make_trainer(
     arguments = _arguments(config, output, len(encoded) / len(dataset))
     trained = rows_by_layer(model, new_tokens)
     _, processes = world()
-    kind: Callable[..., SFTTrainer] = _OrderedTrainer
+    kind: Callable[..., SFTTrainer] = UnpaddedTrainer
     if processes > 1:
         at_once = arguments.per_device_train_batch_size * processes
         dataset, fillers = filled(dataset, at_once, int(tokenizer.eos_token_id))

@@ -6,23 +6,21 @@ Two ways, with the same results: `SharedDecoder` for the architectures it knows,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from trlhf.packed_attention import attention, plain_attention
-from trlhf.shared_prompts import SharedPrompts, shared_prompt_attention
+from trlhf.logprobs import pad_sequences
+from trlhf.packed_attention import ATTENTION as PACKED
+from trlhf.packed_attention import attention, pack, plain_attention, rows_of
+from trlhf.shared_prompts import SharedPrompts, Written, shared_prompt_attention
+from trlhf.token_step import hooked, next_logits
 
-ATTENTION = "trlhf_shared_prompts"
-FIRST_CAPACITY = 64  # response tokens that room is made for at first; doubled when they are used up
 LEAVE_AT = 8  # rows that are done leave when they are one in so many: leaving copies what the others have cached
-
-
-AttentionInterface.register(ATTENTION, shared_prompt_attention)
 
 
 class Decoder(Protocol):
@@ -51,7 +49,7 @@ def start_decoding(
         pad_id: token to pad with.
         limit: tokens of a response.
     """
-    shares = plain_attention(model, max(map(len, prompts)) + limit)
+    shares = plain_attention(model, max(map(len, prompts)) + limit) and not hooked(model)
     kind = SharedDecoder if shares else PlainDecoder
     return kind(model, prompts, samples, pad_id)
 
@@ -97,13 +95,9 @@ class SharedDecoder:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], samples: int, pad_id: int) -> None:
         self._model: Any = model
-        cache = DynamicCache()  # whole, without windows: nothing reaches beyond one here
-        mask, logits = _read(model, prompts, pad_id, cache)
-        found: list[Any] = cache.layers
-        held = [(layer.keys, layer.values) for layer in found]
+        mask, logits, held = _read_packed(model, prompts, pad_id)
         self.logits = logits.repeat_interleave(samples, 0)
-        self._layers = [ResponseLayer() for _ in held]
-        self._cache = Cache(layers=list(self._layers))
+        self._layers = [Written() for _ in held]
         prompt_of = torch.arange(len(prompts), device=model.device).repeat_interleave(samples)
         self._shared = SharedPrompts(held, mask, prompt_of)
         self._positions = mask.sum(1)[prompt_of]
@@ -115,17 +109,14 @@ class SharedDecoder:
         whole = len(self._going) == len(self._tokens)
         if not whole:
             self._tokens[self._going] = tokens
-        with attention(self._model, ATTENTION):
-            output = self._model(
-                input_ids=(tokens if whole else self._tokens)[:, None],
-                position_ids=self._positions[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
-                shared_prompts=self._shared,
-            )
+        logits = next_logits(self._model, tokens if whole else self._tokens, self._positions, self._attend)
         self._positions = self._positions + 1
-        logits: Tensor = output.logits[:, -1]
         return logits if whole else logits[self._going]
+
+    def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        number = module.layer_idx
+        keys, values = self._layers[number].append(key, value)
+        return shared_prompt_attention(self._shared, number, query * module.scaling, keys, values)
 
     def keep(self, rows: Int[Tensor, " N"]) -> None:
         """Go on with these rows alone."""
@@ -160,57 +151,34 @@ def _read(
     return mask, output.logits[:, -1]
 
 
-class ResponseLayer(CacheLayerMixin):
-    """One layer's keys and values of what was decoded so far, in room that grows by doubling: nothing is moved a step.
+def _read_packed(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Int[Tensor, "P W"], Float[Tensor, "P V"], list[tuple[Tensor, Tensor]]]:
+    """Read prompts without padding, what all of them begin with once.
 
-    The prompts' are elsewhere (`SharedPrompts`).
+    Returns:
+        Which positions are real, padded on the right; the logits behind the prompts; keys and values of every layer,
+        [P H W D].
     """
-
-    is_sliding = False
-    keys: Any  # [N H capacity D] once there are any
-    values: Any
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for the first tokens."""
-        rows, heads, _, size = key_states.shape
-        self.keys = key_states.new_empty(rows, heads, FIRST_CAPACITY, size)
-        self.values = value_states.new_empty(rows, heads, FIRST_CAPACITY, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take up one token's keys and values; return those of all so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self._length == self.keys.shape[2]:
-            self.keys = torch.cat([self.keys, torch.empty_like(self.keys)], 2)
-            self.values = torch.cat([self.values, torch.empty_like(self.values)], 2)
-        place = slice(self._length, self._length + 1)
-        self.keys[:, :, place], self.values[:, :, place] = key_states, value_states
-        self._length += 1
-        return self.keys[:, :, : self._length], self.values[:, :, : self._length]
-
-    def select(self, rows: Int[Tensor, " N"]) -> None:
-        """Go on with these rows alone."""
-        if not self.is_initialized:  # rows that end with their first token leave before anything is held
-            return
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, : self._length] = old[:, :, : self._length].index_select(0, rows)
-            setattr(self, name, new)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys a query sees, and where they begin."""
-        return self._length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return how many tokens are held."""
-        return self._length
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
-        return -1
+    batch = pad_sequences(prompts, [[pad_id]] * len(prompts), pad_id, share_prompts=False)  # one token: it is not read
+    packed = pack(batch.to(model.device))
+    cache, causal = DynamicCache(), cast("Any", model)  # whole, without windows: nothing reaches beyond one here
+    with attention(model, PACKED):
+        output = causal(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            packed=packed,
+            logits_to_keep=packed.sources[:, 0],
+        )
+    found: list[Any] = cache.layers
+    held = []
+    for layer in found:
+        keys, values = (rows_of(x[0].transpose(0, 1), packed.prompts).contiguous() for x in (layer.keys, layer.values))
+        held.append((keys, values))
+        layer.keys = layer.values = None  # a layer at a time: both ways of laying them out are never held of all
+    lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
+    mask = (torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]).long()
+    logits: Tensor = output.logits[0]
+    return mask, logits, held

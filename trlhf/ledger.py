@@ -22,6 +22,7 @@ from trlhf.errors import UserError
 from trlhf.evaluation.answers import canonical_answer
 from trlhf.knowledge import Knowledge
 from trlhf.ledger_store import (
+    LABEL_COLUMNS,
     Store,
     among,
     answer_table,
@@ -82,6 +83,7 @@ class Ledger:
                 raise UserError(f"ledger {path}: the cost of {kind}={cost} must be > 0, for one of {', '.join(_COSTS)}")
         self.budget = float(budget)
         self._knowledge, self._known_up_to = Knowledge(), 0
+        self._paid, self._paid_up_to = 0.0, 0  # sum of the costs up to a question: it only grows
         self._store = Store(Path(path))
         spent = self.spent
         if spent > self.budget + _ROUNDING:
@@ -107,7 +109,7 @@ class Ledger:
     def spent(self) -> float:
         """What all questions asked so far cost, answered or not."""
         with self._store.reading() as connection:
-            return _spent(connection)
+            return self._spent(connection)
 
     @property
     def remaining(self) -> float:
@@ -163,7 +165,7 @@ class Ledger:
         """Return the labels that meet all conditions by key, in the order in which they were given."""
         answer = answer_table.c
         given = (answer.id.label("label"), answer.outcome, answer.labeler, answer.time.label("answered"))
-        query = select(question_table, *given).join(answer_table)
+        query = select(*LABEL_COLUMNS, *given).join(answer_table)
         with self._store.reading() as connection:
             rows = connection.execute(query.where(*where).order_by(answer.id))
             return {row.key: read_label(row._mapping) for row in rows}
@@ -178,7 +180,7 @@ class Ledger:
             check_same_prompt(row.prompt, wanted[key].prompt)
         unanswered = {key: asked for key, asked in wanted.items() if key not in stored or stored[key].id is None}
         new = {key: asked for key, asked in unanswered.items() if key not in stored}
-        cost, spent = sum(self.costs[asked.kind] for asked in new.values()), _spent(connection)
+        cost, spent = sum(self.costs[asked.kind] for asked in new.values()), self._spent(connection)
         if new and spent + cost > self.budget + _ROUNDING:
             raise BudgetExceeded(
                 f"ledger {self._store.path}: {len(new)} new questions cost {cost:g}, but only "
@@ -186,6 +188,15 @@ class Ledger:
                 "ask fewer or raise the budget"
             )
         return unanswered, new
+
+    def _spent(self, connection: Connection) -> float:
+        """Add up what was paid since the last look; before a transaction's own questions, which may be rolled back."""
+        columns = question_table.c
+        sums = select(func.max(columns.id), func.sum(columns.cost)).where(columns.id > self._paid_up_to)
+        newest, cost = connection.execute(sums).one()
+        if newest is not None:
+            self._paid, self._paid_up_to = self._paid + float(cost), int(newest)
+        return self._paid
 
     def _reserve(self, wanted: Mapping[str, Question]) -> dict[str, Question]:
         """Pay for the new ones of these questions; return all that still need an answer."""
@@ -219,10 +230,6 @@ class Ledger:
                 f"{asked.prompt.id}), expected {_expected(asked.kind)}; {len(bad)} of {len(batch)} outcomes were not "
                 "used, their questions stay paid and are asked again"
             )
-
-
-def _spent(connection: Connection) -> float:
-    return float(connection.execute(select(func.coalesce(func.sum(question_table.c.cost), 0.0))).scalar_one())
 
 
 def _checked(question: Question) -> Question:

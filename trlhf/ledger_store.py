@@ -62,6 +62,8 @@ answer_table = Table(
     Column("time", Float, nullable=False),
     sqlite_autoincrement=True,
 )
+# Of a question, what its label also says: the chat, the largest column by far, is not read.
+LABEL_COLUMNS = [column for column in question_table.c if column.name not in ("id", "prompt", "time")]
 _VERSION = 1
 _LOCK_SECONDS = 60.0
 

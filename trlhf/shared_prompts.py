@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+FIRST_CAPACITY = 64  # response tokens that room is made for at first; doubled when they are used up
 Layer = tuple[Tensor, Tensor]  # keys and values of the prompts, [P H W D]
 
 
@@ -63,40 +63,62 @@ class SharedPrompts:
         return rows if self._regular else rows[self._slot]
 
 
-def shared_prompt_attention(
-    module: nn.Module,
-    query: Float[Tensor, "N Q 1 D"],
-    key: Float[Tensor, "N H R D"],
-    value: Float[Tensor, "N H R D"],
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    shared_prompts: SharedPrompts | None = None,
-    **_: Any,
-) -> tuple[Float[Tensor, "N 1 Q D"], None]:
-    """Return softmax([q·Kᵖ, q·Kʳ]·scaling)·[Vᵖ, Vʳ], the prompt's part in one product for all rows of a prompt.
+class Written:
+    """One layer's keys and values of what was decoded so far, in room that is doubled when it is full."""
 
-    Called by transformers in place of its own attention (an "attention interface"); heads of queries that share a head
-    of keys stand side by side.
+    def __init__(self) -> None:
+        self._length = 0
+        self._held: Layer | None = None  # each [N H capacity D]
+
+    def append(self, key: Float[Tensor, "N H D"], value: Float[Tensor, "N H D"]) -> tuple[Tensor, Tensor]:
+        """Take up one token a row; return keys and values of all so far, [N H R D]."""
+        if self._held is None:
+            room = (*key.shape[:2], FIRST_CAPACITY, key.shape[2])
+            self._held = key.new_empty(room), value.new_empty(room)
+        elif self._length == self._held[0].shape[2]:
+            keys, values = (torch.cat([x, torch.empty_like(x)], 2) for x in self._held)
+            self._held = keys, values
+        keys, values = self._held
+        keys[:, :, self._length], values[:, :, self._length] = key, value
+        self._length += 1
+        return keys[:, :, : self._length], values[:, :, : self._length]
+
+    def select(self, rows: Int[Tensor, " N"]) -> None:
+        """Go on with these rows alone."""
+        if self._held is None:  # rows that end with their first token leave before anything is held
+            return
+        left = []
+        for old in self._held:
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self._length] = old[:, :, : self._length].index_select(0, rows)
+            left.append(new)
+        self._held = left[0], left[1]
+
+
+def shared_prompt_attention(
+    prompts: SharedPrompts,
+    layer: int,
+    query: Float[Tensor, "N Q D"],
+    keys: Float[Tensor, "N H R D"],
+    values: Float[Tensor, "N H R D"],
+) -> Float[Tensor, "N QD"]:
+    """Return softmax([q·Kᵖ, q·Kʳ])·[Vᵖ, Vʳ], the prompt's part in one product for all rows of a prompt.
 
     Args:
-        module: the layer's attention; its ``layer_idx`` says which keys of the prompts.
-        query: of one token a row.
-        key: of the responses so far, this token included.
-        value: likewise.
-        attention_mask: none is made for this attention.
-        scaling: of the scores.
-        shared_prompts: handed through by the model.
+        prompts: their keys and values.
+        layer: of which.
+        query: of one token a row, scaled; heads that share a head of keys stand side by side.
+        keys: of the responses so far, this token included.
+        values: likewise.
     """
-    assert shared_prompts is not None and attention_mask is None
-    layer: Any = module
-    keys, values = shared_prompts.layers[layer.layer_idx]
-    rows, heads, size, width = len(query), keys.shape[1], query.shape[-1], keys.shape[2]
-    query = (query * (size**-0.5 if scaling is None else scaling)).view(rows, heads, -1, size)
-    on_prompt = torch.matmul(shared_prompts.gather(query), keys.transpose(2, 3))
-    if shared_prompts.bias is not None:
-        on_prompt = on_prompt + shared_prompts.bias
-    scores = torch.cat([shared_prompts.scatter(on_prompt), torch.matmul(query, key.transpose(2, 3))], -1)
+    on_keys, on_values = prompts.layers[layer]
+    rows, heads, size, width = len(query), keys.shape[1], query.shape[-1], on_keys.shape[2]
+    query = query.view(rows, heads, -1, size)
+    on_prompt = torch.matmul(prompts.gather(query), on_keys.transpose(2, 3))
+    if prompts.bias is not None:
+        on_prompt = on_prompt + prompts.bias
+    scores = torch.cat([prompts.scatter(on_prompt), torch.matmul(query, keys.transpose(2, 3))], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    from_prompt = torch.matmul(shared_prompts.gather(weights[..., :width]), values)
-    found = shared_prompts.scatter(from_prompt) + torch.matmul(weights[..., width:], value)
-    return found.reshape(rows, 1, -1, values.shape[-1]), None
+    from_prompt = torch.matmul(prompts.gather(weights[..., :width]), on_values)
+    found = prompts.scatter(from_prompt) + torch.matmul(weights[..., width:], values)
+    return found.reshape(rows, -1)

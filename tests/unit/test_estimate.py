@@ -215,11 +215,17 @@ def test_what_decoding_holds(folder: Path) -> None:
         for _ in range(70):
             decoder.step(torch.zeros(8, dtype=torch.long))
     held = sum(keys.nbytes + values.nbytes for keys, values in decoder._shared.layers)
-    held += sum(layer.keys.nbytes + layer.values.nbytes for layer in decoder._layers)
+    held += sum(keys.nbytes + values.nbytes for keys, values in (layer._held for layer in decoder._layers))
     run = Config(model=ModelConfig(name=str(folder)))
-    job = Job(run, shape(folder), longest_possible(run))
-    _, writing = decoding(job, 8, 4, 30, 70, "float32")
+    card, cpu = (Job(run, shape(folder), longest_possible(run), device) for device in ("cuda", "cpu"))
+    _, writing = decoding(card, 8, 4, 30, 70, "float32")
     assert writing["KV cache"] == pytest.approx(held * (1 + 1 / 3))  # and a layer's copy where it grows
+    written = held - sum(x[:, :, 70:].numel() * 4 for layer in decoder._layers for x in layer._held)
+    _, writing = decoding(cpu, 8, 4, 30, 70, "float32")  # whose pages are there once they are written to
+    assert writing["KV cache"] == pytest.approx(written * (1 + 1 / 3))
+    alike = replace(cpu, lengths=replace(cpu.lengths, common=10))
+    reading, shared = (decoding(job, 8, 4, 30, 70, "float32")[0] for job in (cpu, alike))
+    assert reading["KV cache"] == 60 / 50 * shared["KV cache"]  # two prompts of 30, of which 10 once
 
 
 @pytest.mark.parametrize(("name", "limit"), [("gpu-24gb", 22.0), ("gpu-80gb", 79.0), ("multi-gpu", 79.0)])

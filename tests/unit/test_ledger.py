@@ -564,3 +564,20 @@ def test_the_ledger_s_knowledge_grows_with_it(tmp_path: Path) -> None:
         assert ledger.knowledge().known("p1", "1") is None
     with Ledger(tmp_path / "l.sqlite", budget=9) as ledger:
         assert ledger.knowledge().right_answer("p0") == "0"
+
+
+def test_what_was_spent_is_added_up_from_where_the_last_look_ended(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.sqlite", 10) as one, Ledger(tmp_path / "l.sqlite", 10, {"verdict": 0.5}) as two:
+        one.ask(verdicts(2), Scripted())
+        assert (one.spent, two.spent) == (2, 2)
+        two.ask(verdicts(2, start=2), Scripted())  # half price, by another process
+        assert (one.spent, two.spent, one.remaining) == (3, 3, 7)
+        with pytest.raises(BudgetExceeded):
+            one.ask(verdicts(8, start=4), Scripted())
+        with pytest.raises(RuntimeError), one._store.writing() as connection:
+            one._affordable(connection, {question_key(q): q for q in verdicts(1, start=4)})
+            columns = "kind, prompt_id, prompt, responses, answer, why, round, repeat"
+            copy = f"INSERT INTO questions SELECT 99, 'x', {columns}, 5, time FROM questions WHERE id = 1"
+            connection.exec_driver_sql(copy)
+            raise RuntimeError("rolled back")
+        assert one.spent == two.spent == 3

@@ -18,7 +18,7 @@ from trlhf.sft.order import StepOrder
 from trlhf.sft.report import StageCallback
 
 Row = tuple[int, ...]
-ORDERED = train._OrderedTrainer
+ORDERED = train.UnpaddedTrainer
 
 
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, microbatch: int) -> list[list[Row]]:
@@ -28,7 +28,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, microbatc
     rows = [EncodedDemonstration(ids, (0, 0) + (1,) * (len(ids) - 2)) for ids in tokens]
     values = {"epochs": 2, "batch_size": 8, "microbatch_size": microbatch}
     config = build_config({"seed": 5, "sft": values, "hardware": {"device": "cpu"}})
-    monkeypatch.setattr(train, "_OrderedTrainer", kind)
+    monkeypatch.setattr(train, "UnpaddedTrainer", kind)
     callback = StageCallback(StageDirectory(tmp_path / "sft", tmp_path))
     model = load_causal_lm(MICRO_BASE, config.model)
     loader: Any = train.make_trainer(

@@ -27,6 +27,7 @@ class Lengths:
         source: where this comes from, in words.
         labelled: how many responses come with labels; 0: none, or nobody has counted them.
         labelled_response: longest of them, with its prompt.
+        common: tokens that all prompts begin with, the template's.
     """
 
     demonstration: int
@@ -41,6 +42,7 @@ class Lengths:
     source: str
     labelled: int = 0
     labelled_response: int = 0
+    common: int = 0
 
 
 def longest_possible(config: Config) -> Lengths:
@@ -66,6 +68,7 @@ def lengths_of(
     tests: Sequence[int],
     config: Config,
     labelled: Sequence[int] = (),
+    common: int = 0,
 ) -> Lengths:
     """Return the lengths of data that were read; the policy is taken to answer as long as the demonstrations do.
 
@@ -75,6 +78,7 @@ def lengths_of(
         tests: tokens of each held-out prompt.
         config: what is missing is taken to be as long as possible.
         labelled: tokens of each response that comes with a label, with its prompt.
+        common: tokens that all prompts begin with.
     """
     most = longest_possible(config)
     rows = [prompt + response for prompt, response in demonstrations] or [most.demonstration]
@@ -93,4 +97,5 @@ def lengths_of(
         source="the data",
         labelled=len(labelled),
         labelled_response=max(labelled, default=0),
+        common=common,
     )

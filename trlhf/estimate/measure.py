@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from trlhf.estimate.lengths import Lengths, lengths_of
 
 if TYPE_CHECKING:
     from trlhf.tasks import Task
+
+SOME = 64  # prompts, enough to tell what all begin with
 
 
 def at_hand(config: Config) -> bool:
@@ -60,4 +63,10 @@ def measure(task: Task, tokenizer: Any, config: Config) -> Lengths:
         fitting(task.test, config.evaluation.max_new_tokens),
         config,
         [length for length in labelled if length <= config.model.max_length],
+        _common([encode_prompt(tokenizer, prompt.messages) for prompt in [*task.pool, *task.test][-SOME:]]),
     )
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all rows begin with."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))

@@ -41,35 +41,45 @@ def decoding(job: Job, batch: int, samples: int, prompt: int, response: int, dty
     """
     shape, value = job.shape, BYTES[dtype]
     prompts = max(1, batch // samples)
-    rows, read = prompts * samples, float(prompts * prompt)
+    rows, laid = prompts * samples, float(prompts * prompt)
     if job.config.model.attention.startswith("flash"):
+        read, attending = laid, laid * prompt * (1 + value)  # padded, with a mask
         cache = shape.cache_bytes(rows * (prompt + response), dtype)
-    else:
+    else:  # without padding; keys and values once more, for every head of queries, where attention lays them out
+        lengths = job.lengths
+        mean = min(float(prompt), prompt * lengths.mean_prompt / max(1, lengths.prompt))
+        read = prompts * mean - (prompts - 1) * min(lengths.common, mean - 1)
+        attending = 2 * laid * shape.queries * value
         room = FIRST_CAPACITY
         while room < response:
             room *= 2
-        cache = shape.cache_bytes(read + rows * room, dtype)
+        held = response if job.device == "cpu" else room  # on a CPU room that nobody wrote to takes no memory
+        cache = shape.cache_bytes(laid + rows * held, dtype)
     scores = rows * shape.heads * (prompt + response) * (4.0 + 2 * value)
     logits = float(rows * shape.vocabulary * (value + 5 * 4))  # in float32: probabilities, noise, and both once more
     return [
         {
             "KV cache": shape.cache_bytes(read, dtype),
-            "activations": forward_temporaries(shape, value, read) + read * prompt * (1 + value),
+            "activations": forward_temporaries(shape, value, read) + attending,
             "logits": float(prompts * shape.vocabulary * value),
         },
         {"KV cache": cache * (1 + 1 / shape.layers), "activations": scores, "logits": logits},
     ]
 
 
-def reading(job: Job, rows: int, length: int, dtype: str) -> dict[str, float]:
-    """Return what reading hidden states of all layers takes, without gradients: the reward model's features."""
+def reading(job: Job, rows: int, length: int, dtype: str, adapted: bool = False) -> dict[str, float]:
+    """Return what reading hidden states of all layers takes, without gradients: the reward model's features.
+
+    Where the linear layers have adapters, what one of them adds is there beside what it is added to.
+    """
     shape, value = job.shape, BYTES[dtype]
     tokens = float(min(min(POOLED_ROWS, rows) * length, max(POOLED_TOKENS, length)))
     states = tokens * (shape.layers - 1) * shape.hidden * value  # beside those of the last layer's pass
     pooled = tokens * shape.hidden * (3 * value + 2 * 4 * 2 + 2 * 4 + (0 if value == 4 else 2 * 2 + 4))
     masks = tokens * length * (1 + value)
     forks = float(min(POOLED_LOGITS, tokens) * shape.vocabulary * (value + 3 * 4))
-    temporaries = max(forward_temporaries(shape, value, tokens) + masks, pooled)
+    added = tokens * shape.intermediate * value if adapted else 0.0
+    temporaries = max(forward_temporaries(shape, value, tokens) + added + masks, pooled)
     return {"activations": states + temporaries, "logits": forks}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from trlhf.checks import labels_come_with
 from trlhf.config import ModelConfig
-from trlhf.estimate.activations import Rows, forward_of
+from trlhf.estimate.activations import Packed, Rows, forward_of
 from trlhf.estimate.memory import Job, Phase
 from trlhf.estimate.passes import POOLED_ROWS, backward, decoding, fused_head, of_responses, own_head, reading
 from trlhf.run import planned
@@ -47,7 +47,14 @@ def _sft(job: Job) -> Iterator[Phase]:
     how = forward_of(config.model, training=True, masked=sft.packing or rows > 1)
     held = {"weights": job.base, "adapters": job.adapter, "optimizer": 2 * job.learned}
     head = 4.0 * shape.vocabulary * shape.hidden if job.full else 0.0
-    parts = backward(job, how, Rows(rows, width), fused_head(job, how, rows * width))
+    own = not (sft.packing or config.model.gradient_checkpointing or config.model.attention.startswith("flash"))
+    if own and job.processes == 1:  # trlhf.sft.unpadded; of the longest rows that share a step at random
+        width = round((width + lengths.mean_demonstration) / 2) if rows > 1 else width
+        prompt = max(1, min(round(lengths.mean_prompt), width - 1))
+        labels = rows * (width - prompt)
+        parts = backward(job, how, Packed(rows, prompt, rows, width - prompt), 1.25 * own_head(job, how, labels))
+    else:
+        parts = backward(job, how, Rows(rows, width), fused_head(job, how, rows * width))
     yield Phase("sft", "backward pass", held | parts | {"gradients": job.learned if steps > 1 else head})
     yield Phase("sft", "optimizer step", held | {"gradients": job.learned, "other": _step(job)})
 
@@ -74,13 +81,13 @@ def _reward(job: Job) -> Iterator[Phase]:
         for parts in decoding(job, batch, samples, lengths.prompt, lengths.response, config.model.dtype):
             yield Phase("reward", "sampling", held | parts)
     weights = job.shape.parameters * 4.0 if reward.finetune == "full" else base
-    held = {"weights": weights, "adapters": sft_adapter}
-    yield Phase("reward", "reading", held | reading(job, labelled, length, own))
-    if reward.finetune == "frozen":
-        return
     learned = 4.0 * (job.shape.parameters if reward.finetune == "full" else job.shape.adapter_parameters(config.model))
     adapters = sft_adapter + (learned if reward.finetune == "lora" else 0.0)
-    held = {"weights": weights, "adapters": adapters, "gradients": learned, "optimizer": 2 * learned}
+    held = {"weights": weights, "adapters": adapters}  # read once more when it has been trained
+    yield Phase("reward", "reading", held | reading(job, labelled, length, own, adapters > 0))
+    if reward.finetune == "frozen":
+        return
+    held |= {"gradients": learned, "optimizer": 2 * learned}
     held["other"] = 2 * learned  # the best epoch so far, and the next
     how = forward_of(_as_trained(job, reward.finetune), training=False, masked=True)
     # A comparison is about two responses, but a verdict becomes a label of every response that ends as it says.
@@ -116,9 +123,13 @@ def _rl(job: Job) -> Iterator[Phase]:
     looked_at = config.targeting.candidates * config.targeting.samples_per_prompt
     length = max(lengths.prompt + lengths.response, lengths.labelled_response)
     fresh = {"weights": weights, "adapters": adapters}  # the first round's reading comes before any step
-    yield Phase("rl", "first reading", fresh | reading(job, max(looked_at, lengths.labelled), length, job.loaded))
+    yield Phase(
+        "rl", "first reading", fresh | reading(job, max(looked_at, lengths.labelled), length, job.loaded, adapters > 0)
+    )
     later = sampled if rl.rounds == 1 else max(sampled, looked_at)
-    yield Phase("rl", "reading", held | reading(job, later, lengths.prompt + lengths.response, job.loaded))
+    yield Phase(
+        "rl", "reading", held | reading(job, later, lengths.prompt + lengths.response, job.loaded, adapters > 0)
+    )
     group = 2 if rl.algorithm == "dpo" else rl.samples_per_prompt
     how, layout = of_responses(model, lengths.prompt, lengths.response, rl.microbatch_size, group)
     logits = own_head(job, how, rl.microbatch_size * lengths.response)
