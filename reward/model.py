@@ -24,6 +24,7 @@ from trlhf.recompute import recomputing
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, fork_layers, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.roles import REWARD_ADAPTER, Role, load_sft
+from trlhf.sharding import whole
 from trlhf.types import Prompt, Score
 
 FORMAT = 3
@@ -261,7 +262,8 @@ def _pooled(role: Role, batch: Batch) -> Pooled:
 
 
 def _pool_all(role: Role, samples: Sequence[Sample], pad_id: int, batch_size: int) -> Pooled:
-    return pool_all(partial(_pooled, role), samples, pad_id, batch_size, role.device)
+    with whole(role):
+        return pool_all(partial(_pooled, role), samples, pad_id, batch_size, role.device)
 
 
 def _own_backbone(directory: Path, config: ModelConfig, device: str) -> Role:
