@@ -11,6 +11,7 @@ import atexit
 import dataclasses
 import gc
 import io
+import os
 import pickle
 import sys
 import time
@@ -60,6 +61,8 @@ class Crew:
 
         if distributed.is_initialized():
             raise UserError("torch.distributed was initialised before trlhf, which does so itself; leave it to trlhf")
+        # A model of accelerate's FSDP is to be read by one process and sent to the others, which load zeros.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
@@ -332,8 +335,6 @@ def _kept(number: int, field: str | None) -> Any:
 
 
 def _card(count: int) -> int:
-    import os
-
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= count:
         raise UserError(

@@ -61,11 +61,17 @@ def shard(model: Any) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     # The losses here call the backbone and the head one by one, so the backbone must do what the whole model's call
-    # would: gather embedding, norm and head, which stay until the backward pass.
+    # would: gather embedding, norm and head, which stay until the backward pass. On whole weights it must not: inside of
+    # the model's own call it would drop them.
     backbone = model.base_model
-    model.backbone_forward = backbone.forward
+    model.backbone_forward = plain = backbone.forward
     register_fsdp_forward_method(model, "backbone_forward")
-    backbone.forward = model.backbone_forward
+    gathering = model.backbone_forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return (plain if model in _gathered else gathering)(*arguments, **named)
+
+    backbone.forward = forward
 
 
 def is_sharded(model: nn.Module) -> bool:
