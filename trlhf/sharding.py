@@ -72,6 +72,9 @@ def shard(model: Any) -> None:
         return (plain if model in _gathered else gathering)(*arguments, **named)
 
     backbone.forward = forward
+    with torch.no_grad():  # whatever runs first is taken for the outermost part, and on whole weights that is a layer
+        backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    model.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
