@@ -74,7 +74,7 @@ def shard(model: Any) -> None:
     backbone.forward = forward
     with torch.no_grad():  # whatever runs first is taken for the outermost part, and on whole weights that is a layer
         backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    model.reshard()
+    model.reset_iter_state()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -109,7 +109,7 @@ def _scatter(role: Role) -> None:
     _gathered.discard(role.model)
     for part in _parts(role.model):
         part.set_reshard_after_forward(part is not role.model, recurse=False)
-        part.reshard()
+    role.model.reset_iter_state()  # drops weights, and what it noted of passes, by which it would gather ahead
 
 
 def _parts(model: nn.Module) -> list[FSDPModule]:
