@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from ranks import CASES
-from trials import ALGORITHMS, LAYOUTS, PAD, Trial, sampled_groups, some_anchors
+from torch.distributed.fsdp import fully_shard
+from trials import ALGORITHMS, LAYOUTS, LORA, PAD, Trial, sampled_groups, sharp_model, some_anchors
 
+from trlhf.config import ModelConfig, build_config
 from trlhf.distributed import barrier, world
 from trlhf.logprobs import pad_sequences, response_logprobs
+from trlhf.models import load_tokenizer, lora_config
 from trlhf.rl.checkpoint import STATE, _take_up, _weights, _write_shares
-from trlhf.sharding import SHARES, hollow, local, shard, whole
+from trlhf.run import RunDirectory
+from trlhf.sft.train import _save
+from trlhf.sharding import SHARES, hollow, local, make_whole, shard, whole
 
 TAKEN = ("gae", "gae, five groups", "leave_one_out, a group a step", "dpo, five pairs", "dpo, a pair a step")
 RESUMED = ("gae (copies)", "dpo, five pairs (copies)", "gae (adapters)")
@@ -106,9 +112,9 @@ def divided(path: Path) -> Result:
     batch = pad_sequences([(1, 40, 41)], [(60, 61, 2)], PAD)
     with torch.no_grad(), own.policy.acting() as model, whole(own.policy):
         with whole(own.policy):
-            inside = [response_logprobs(model, batch) for _ in range(1 + world()[0])][0]
+            inside = [response_logprobs(model, batch) for _ in range(1 + world()[0])][-1]
         called: Any = model
-        logits = [called(input_ids=batch.input_ids).logits for _ in range(2 + world()[0])][0]
+        logits = [called(input_ids=batch.input_ids).logits for _ in range(2 + world()[0])][-1]
     with torch.no_grad(), own.policy.acting() as model:
         layer_by_layer = response_logprobs(model, batch)
     after = sum(local(p).numel() for p in own.policy.trainable().values()) / sum(p.numel() for p in parameters)
@@ -116,6 +122,21 @@ def divided(path: Path) -> Result:
     return {"held": held, "moments": held_moments, "after": after} | {
         "logprobs": torch.stack([inside[0], layer_by_layer[0], by_hand])
     }
+
+
+def saved_by_one(path: Path, folder: Path, lora: bool) -> None:
+    """Let one process save what accelerate has divided: its parts are the layers and the whole, adapters included."""
+    model: Any = sharp_model(path)
+    if lora:
+        model = get_peft_model(model, lora_config(ModelConfig(lora=LORA)))
+    for part in (*model.get_base_model().model.layers, model) if lora else (*model.model.layers, model):
+        fully_shard(part)
+    make_whole(model)
+    if world()[0] == 0:
+        stage = RunDirectory(folder / f"saved {lora}").stage("sft")
+        config = build_config({"model": {"name": str(path), "lora": {"enabled": lora}}})
+        _save(model, load_tokenizer(path), config, stage)
+    barrier()
 
 
 if __name__ == "__main__":
@@ -127,5 +148,7 @@ if __name__ == "__main__":
     found["resumed"] = resume(model, output, shard)
     found["resumed on copies"] = resume(model, output, nothing)
     found["from whole"] = from_whole(model, output)
+    for lora in (False, True):
+        saved_by_one(model, output, lora)
     torch.save(found, output / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -61,8 +61,8 @@ def shard(model: Any) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     # The losses here call the backbone and the head one by one, so the backbone must do what the whole model's call
-    # would: gather embedding, norm and head, which stay until the backward pass. On whole weights it must not: inside of
-    # the model's own call it would drop them.
+    # would: gather embedding, norm and head, which stay until the backward pass. On whole weights it must not: inside
+    # of the model's own call it would drop them.
     backbone = model.base_model
     model.backbone_forward = plain = backbone.forward
     register_fsdp_forward_method(model, "backbone_forward")
@@ -91,18 +91,23 @@ def whole(role: Role) -> Iterator[None]:
     if not is_sharded(role.model) or role.model in _gathered:
         yield
         return
-    together(_gather, role)
+    together(_gather_role, role)
     try:
         yield
     finally:
         together(_scatter, role)
 
 
-def _gather(role: Role) -> None:
-    for part in _parts(role.model):
+def _gather_role(role: Role) -> None:
+    make_whole(role.model)
+
+
+def make_whole(model: nn.Module) -> None:
+    """Give every process all weights of a model, for good; all call this together."""
+    for part in _parts(model):
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    _gathered.add(role.model)
+    _gathered.add(model)
 
 
 def _scatter(role: Role) -> None:

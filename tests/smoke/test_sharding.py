@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import shards
 import torch
-from trials import LAYOUTS, farthest
+from safetensors.torch import load_file
+from trials import LAYOUTS, farthest, sharp_model
 
 # peft asks transformers by a name that transformers has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -89,3 +90,14 @@ def test_divided_models_resume_from_a_whole_checkpoint(ranks: tuple[Results, Res
     assert ranks[0]["from whole"].keys() and all(
         farthest(run["from whole"][name], run["saved"][name]) < 1e-5 for run in ranks for name in run["from whole"]
     )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.usefixtures("ranks")
+def test_one_process_saves_what_accelerate_divided(tiny_model_dir: Path, folder: Path, lora: bool) -> None:
+    saved = load_file(folder / f"saved {lora}" / "sft" / "model" / "model.safetensors")
+    expected = dict(sharp_model(tiny_model_dir).named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items()) and len(saved) >= len(expected) - 1
+    if lora:  # fresh: B is 0, and merging it changes nothing
+        adapter = load_file(folder / "saved True" / "sft" / "adapter" / "adapter_model.safetensors")
+        assert {value.shape for name, value in adapter.items() if "q_proj.lora_A" in name} == {torch.Size([4, 32])}
