@@ -24,7 +24,7 @@ from trlhf.recompute import recomputing
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, fork_layers, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.roles import REWARD_ADAPTER, Role, load_sft
-from trlhf.sharding import whole
+from trlhf.sharding import shard_if_asked, whole
 from trlhf.types import Prompt, Score
 
 FORMAT = 3
@@ -267,7 +267,7 @@ def _pool_all(role: Role, samples: Sequence[Sample], pad_id: int, batch_size: in
 
 
 def _own_backbone(directory: Path, config: ModelConfig, device: str) -> Role:
-    return Role(load_causal_lm(directory / BACKBONE, config, device))
+    return Role(shard_if_asked(load_causal_lm(directory / BACKBONE, config, device)))
 
 
 def backbone_of(directory: Path) -> str:
