@@ -115,9 +115,9 @@ def divided(path: Path) -> Result:
             inside = [response_logprobs(model, batch) for _ in range(1 + world()[0])][-1]
         called: Any = model
         logits = [called(input_ids=batch.input_ids).logits for _ in range(2 + world()[0])][-1]
-    with torch.no_grad(), own.policy.acting() as model:
-        layer_by_layer = response_logprobs(model, batch)
     after = sum(local(p).numel() for p in own.policy.trainable().values()) / sum(p.numel() for p in parameters)
+    with torch.no_grad(), own.policy.acting() as model:  # embedding and head stay after it
+        layer_by_layer = response_logprobs(model, batch)
     by_hand = logits.log_softmax(-1)[0, [2, 3, 4], [60, 61, 2]]
     return {"held": held, "moments": held_moments, "after": after} | {
         "logprobs": torch.stack([inside[0], layer_by_layer[0], by_hand])

@@ -212,7 +212,8 @@ def read_shares(folder: Path, state: Any, target: Tensor) -> Any:
 
     filled = fill(state, "")
     if found:
-        dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(found, storage_reader=reader, no_dist=world()[1] == 1)
     return filled
 
 
