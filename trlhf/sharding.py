@@ -10,6 +10,7 @@ Adapters are small and stay whole everywhere; of their base every process holds 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ def shard(model: Any) -> None:
     """
     adapters = {value for name, value in model.named_parameters() if ".lora_" in name}
     mesh = init_device_mesh(model.device.type, (world()[1],))
-    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    kinds = model._no_split_modules or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, ignored_params=adapters)
     for module in _parts(model):
@@ -213,7 +215,9 @@ def read_shares(folder: Path, state: Any, target: Tensor) -> Any:
     filled = fill(state, "")
     if found:
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        dcp.load(found, storage_reader=reader, no_dist=world()[1] == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is all right
+            dcp.load(found, storage_reader=reader, no_dist=world()[1] == 1)
     return filled
 
 
