@@ -77,7 +77,12 @@ def _check_fsdp2(config: Config, learning: list[str]) -> None:
             "FSDP 2 (from your accelerate file): reward.finetune=full trains a whole copy in every process; use "
             "reward.finetune=lora or frozen, or run stage=reward with distributed_type: MULTI_GPU"
         )
-    if "sft" in planned(config) and config.hardware.device == "cpu":
+
+
+def warn_of_launch(config: Config) -> None:
+    """Say what is done otherwise than the user's accelerate file asks for."""
+    divided = launched()[1] > 1 and sharding() == "fsdp2"
+    if divided and "sft" in planned(config) and config.hardware.device == "cpu":
         log.warning(
             "FSDP 2 (from your accelerate file): accelerate does not divide models on a CPU, so in sft every process "
             "holds the whole model; rl divides them"

@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
@@ -104,7 +104,7 @@ def _gather_role(role: Role) -> None:
     make_whole(role.model)
 
 
-def make_whole(model: nn.Module) -> None:
+def make_whole(model: Any) -> None:
     """Give every process all weights of a model, for good; all call this together."""
     for part in _parts(model):
         part.set_reshard_after_forward(False, recurse=False)
@@ -113,10 +113,11 @@ def make_whole(model: nn.Module) -> None:
 
 
 def _scatter(role: Role) -> None:
-    _gathered.discard(role.model)
-    for part in _parts(role.model):
-        part.set_reshard_after_forward(part is not role.model, recurse=False)
-    role.model.reset_iter_state()  # drops weights, and what it noted of passes, by which it would gather ahead
+    model: Any = role.model
+    _gathered.discard(model)
+    for part in _parts(model):
+        part.set_reshard_after_forward(part is not model, recurse=False)
+    model.reset_iter_state()  # drops weights, and what it noted of passes, by which it would gather ahead
 
 
 def _parts(model: nn.Module) -> list[FSDPModule]:
@@ -193,8 +194,8 @@ def hollow(state: Any) -> Any:
 def write_shares(folder: Path, state: Any) -> None:
     """Write every share of a nested state, all processes together."""
     found = {name: value for name, value in _leaves(state) if is_share(value)}
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(found, storage_writer=writer)
+    writer = hf_storage.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    state_dict_saver.save(found, storage_writer=writer)
 
 
 def read_shares(folder: Path, state: Any, target: Tensor) -> Any:
@@ -214,10 +215,10 @@ def read_shares(folder: Path, state: Any, target: Tensor) -> Any:
 
     filled = fill(state, "")
     if found:
-        reader = dcp.HuggingFaceStorageReader(str(folder))
+        reader = hf_storage.HuggingFaceStorageReader(str(folder))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is all right
-            dcp.load(found, storage_reader=reader, no_dist=world()[1] == 1)
+            state_dict_loader.load(found, storage_reader=reader, no_dist=world()[1] == 1)
     return filled
 
 

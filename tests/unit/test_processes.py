@@ -11,7 +11,7 @@ import pytest
 from trlhf.config import build_config
 from trlhf.crew import keep, leads_alone, release, together
 from trlhf.errors import UserError
-from trlhf.launch import check_launch
+from trlhf.launch import check_launch, warn_of_launch
 from trlhf.processes import launched, sharding, zero_stage
 
 SEVERAL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -107,6 +107,7 @@ def test_what_a_launch_can_do_passes(monkeypatch: pytest.MonkeyPatch, caplog: py
     for name, value in (SEVERAL | FSDP2).items():
         monkeypatch.setenv(name, value)
     check_launch(build_config({"hardware": {"device": "cpu"}}))
+    warn_of_launch(build_config({"hardware": {"device": "cpu"}}))
     assert "in sft every process holds the whole model; rl divides them" in caplog.text
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     for name, value in DEEPSPEED.items():
