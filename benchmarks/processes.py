@@ -1,6 +1,6 @@
 """Two processes against one, at one thread each: how much faster every stage is, and whether it ends the same.
 
-    python benchmarks/processes.py                       three rounds of one process and of two (half an hour)
+    python benchmarks/processes.py                       three rounds of one process and of two (10 minutes)
     python benchmarks/processes.py --quick --repeats 1   the same on very small sizes, whose times say nothing
     python benchmarks/processes.py -- rl=dpo             another configuration
 
@@ -8,7 +8,8 @@ Runs of one and of two processes alternate, so that both meet the same machine; 
 `torchrun --nproc_per_node 2 -m trlhf` with one SFT epoch and one round, in a folder of its own. What is compared is
 tokens a second in the steps of SFT and RL (the first step of each is warming up), seconds of whole stages, and of the
 whole process with its start. The mark holds for the mean over SFT and RL of the default's ratios; `batch` is
-`rl.draws=batch`, where processes share whole batches, `stream` the default, where they share each batch's rows.
+`rl.draws=batch`, where processes share whole batches, `stream` the default, where they share each batch's rows
+(`--draws stream batch` measures both).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def main() -> int:
     """Parse the command line, measure, write the results; 1 when the mark is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--draws", nargs="+", default=list(DRAWS), choices=DRAWS)
+    parser.add_argument("--draws", nargs="+", default=["stream"], choices=DRAWS, help="more than the default")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "processes")
     parser.add_argument("--output", type=Path, default=RESULTS / "processes.json")

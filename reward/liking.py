@@ -13,6 +13,7 @@ from torch import Tensor
 from trlhf.distributed import gather, share
 from trlhf.reward.features import Sample, collate
 from trlhf.roles import Role
+from trlhf.sharding import whole
 
 BATCH = 64  # samples at once
 SURPRISES = 2  # columns of `surprise`
@@ -52,10 +53,10 @@ def liking_features(role: Role, samples: Sequence[Sample], pad_id: int) -> Float
         F = 2·(hidden size) + `SURPRISES`, in float64.
     """
     own: dict[int, list[Tensor]] = {}
-    for start in share(range(0, len(samples), BATCH)):
-        rows = own.setdefault(start, [])
-        batch = collate(samples[start : start + BATCH], pad_id, role.device)
-        with role.acting() as model:
+    with whole(role), role.acting() as model:
+        for start in share(range(0, len(samples), BATCH)):
+            rows = own.setdefault(start, [])
+            batch = collate(samples[start : start + BATCH], pad_id, role.device)
             output = model.base_model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask.long(),

@@ -24,6 +24,7 @@ from trlhf.recompute import recomputing
 from trlhf.reward.features import Batch, FeatureStore, Pooled, Sample, encode, fork_layers, pool, pool_all
 from trlhf.reward.heads import EnsembleHeads
 from trlhf.roles import REWARD_ADAPTER, Role, load_sft
+from trlhf.sharding import shard_if_asked, whole
 from trlhf.types import Prompt, Score
 
 FORMAT = 3
@@ -261,11 +262,12 @@ def _pooled(role: Role, batch: Batch) -> Pooled:
 
 
 def _pool_all(role: Role, samples: Sequence[Sample], pad_id: int, batch_size: int) -> Pooled:
-    return pool_all(partial(_pooled, role), samples, pad_id, batch_size, role.device)
+    with whole(role):
+        return pool_all(partial(_pooled, role), samples, pad_id, batch_size, role.device)
 
 
 def _own_backbone(directory: Path, config: ModelConfig, device: str) -> Role:
-    return Role(load_causal_lm(directory / BACKBONE, config, device))
+    return Role(shard_if_asked(load_causal_lm(directory / BACKBONE, config, device)))
 
 
 def backbone_of(directory: Path) -> str:

@@ -36,6 +36,7 @@ from trlhf.sft.even import EvenTrainer, filled
 from trlhf.sft.report import AllStepsDone, StageCallback
 from trlhf.sft.templates import base_tokenizer
 from trlhf.sft.unpadded import UnpaddedTrainer
+from trlhf.sharding import is_sharded, make_whole
 from trlhf.types import Demonstration, RowReport
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def _fit(
         model, new_tokens = _load_base(config, tokenizer)
         trainer = make_trainer(model, encoded, tokenizer, config, folder / CHECKPOINTS, callback, new_tokens)
         _train(trainer, checkpoint, folder, callback)
+    make_whole(trainer.model)  # if accelerate divided it: one process saves it
     return trainer
 
 
@@ -300,7 +302,8 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, config: Config, stage:
     lora = config.model.lora.enabled
     if lora:
         with stage.new_directory("adapter") as folder:
-            model.save_pretrained(folder)
+            whole = {"state_dict": dict(model.named_parameters())} if is_sharded(model) else {}  # its own has shares
+            model.save_pretrained(folder, **whole)
             greedy(tokenizer).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     causal = model.get_base_model() if lora else model

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from trlhf.config import LoraConfig, ModelConfig, RlConfig, build_config
@@ -106,9 +107,24 @@ def some_anchors(count: int) -> list[Anchor]:
 
 
 class Trial:
-    """Policy, reference and, for GAE, critic, away from where they began, and the learner over them."""
+    """Policy, reference and, for GAE, critic, away from where they began, and the learner over them.
 
-    def __init__(self, path: Path, config: RlConfig, layout: str = "copies", model: ModelConfig | None = None) -> None:
+    Args:
+        path: of the model.
+        config: the rl section.
+        layout: one of `LAYOUTS`.
+        model: None: as usual.
+        divide: what is done to each model before anything learns (`trlhf.sharding.shard`).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: RlConfig,
+        layout: str = "copies",
+        model: ModelConfig | None = None,
+        divide: Callable[[Any], None] = lambda model: None,
+    ) -> None:
         model = model or ModelConfig(lora=LORA if layout == "adapters" else LoraConfig())
         if layout == "adapters":
             base = SharedBase(sharp_model(path, model), model)
@@ -117,9 +133,14 @@ class Trial:
             self.policy, value, self.reference = (Role(sharp_model(path, model)) for _ in range(3))
             self.reference.frozen()
         stir(self.policy, 1)
+        gae = config.advantage == "gae"
+        if gae:
+            stir(value, 2)
+        for found in {id(role.model): role.model for role in (self.policy, value, self.reference)}.values():
+            divide(found)
         self.critic = None
-        if config.advantage == "gae":
-            self.critic = Critic(stir(value, 2))
+        if gae:
+            self.critic = Critic(value)
             with torch.no_grad():
                 self.critic.head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
         self.learner = (
@@ -140,7 +161,7 @@ class Trial:
 
     def weights(self) -> Named:
         """Return copies of the weights that learn."""
-        return {name: value.detach().clone() for name, value in self.learning().items()}
+        return {name: undivided(value.detach()).clone() for name, value in self.learning().items()}
 
     def gradients(self) -> Named:
         """Return copies of the gradients."""
@@ -149,7 +170,15 @@ class Trial:
 
 def copied_gradients(parameters: Iterable[tuple[str, Any]]) -> Named:
     """Return copies of the gradients of those parameters that have one."""
-    return {name.removeprefix("module."): p.grad.detach().clone() for name, p in parameters if p.grad is not None}
+    return {
+        name.removeprefix("module."): undivided(p.grad.detach()).clone() for name, p in parameters if p.grad is not None
+    }
+
+
+def undivided(value: Any) -> Tensor:
+    """Return all of a tensor, on every process."""
+    whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole
 
 
 def farthest(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -11,6 +11,8 @@ import atexit
 import dataclasses
 import gc
 import io
+import json
+import os
 import pickle
 import sys
 import time
@@ -29,7 +31,7 @@ T = TypeVar("T")
 WORKING = timedelta(minutes=30)  # that a process waits for the others inside of what they do together
 WAITING = timedelta(days=90)  # that the followers wait for the leader, who may be waiting for people's labels
 LAST_WORDS = 10.0  # seconds that a process which failed leaves the leader to say so
-ENDED, FAILED, GONE = "ended", "failed", "gone"  # keys of the store that all processes share
+ENDED, FAILED, GONE, ARGUMENTS = "ended", "failed", "gone", "arguments"  # keys of the store that all processes share
 ABOUT_OTHERS = ("onnection", "roken pipe", "ocket", "gloo")  # in the messages of what happens when one leaves
 LEFT = "another of the {} processes has gone without a word (killed, out of memory?): {}; the same command continues"
 OVER, QUIT = "over", "quit"
@@ -60,6 +62,8 @@ class Crew:
 
         if distributed.is_initialized():
             raise UserError("torch.distributed was initialised before trlhf, which does so itself; leave it to trlhf")
+        # A model of accelerate's FSDP is to be read by one process and sent to the others, which load zeros.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
@@ -122,6 +126,24 @@ class Crew:
         """Return what `keep` made in this process at its n-th call, or one of its fields."""
         found = self._kept[number]
         return found if field is None else getattr(found, field)
+
+    def compare(self, arguments: list[str]) -> None:
+        """Compare with what the others were started with, which nobody would read.
+
+        Raises:
+            UserError: on the leader, where another process has other arguments.
+        """
+        if self.rank > 0:
+            self._store.set(f"{ARGUMENTS}{self.rank}", json.dumps(arguments))
+            return
+        for rank in range(1, self.size):
+            theirs = json.loads(self._store.get(f"{ARGUMENTS}{rank}"))
+            if theirs != arguments:
+                odd = [text for text in (*arguments, *theirs) if (text in arguments) != (text in theirs)]
+                raise UserError(
+                    f"process {rank} of {self.size} was started with other arguments than this one, which leads "
+                    f"({' '.join(odd) or 'in another order'}); give the same command on every machine"
+                )
 
     def end(self, status: int) -> None:
         """Leave, as the leader, with an exit status; the followers leave too."""
@@ -271,9 +293,11 @@ def run_as_one(command: Callable[[], None]) -> None:
         command()
         return
     if crew.rank > 0:
+        crew.compare(sys.argv[1:])
         sys.exit(crew.serve())
     status: Any = 1
     try:
+        crew.compare(sys.argv[1:])
         command()
         status = 0
     except SystemExit as error:
@@ -332,8 +356,6 @@ def _kept(number: int, field: str | None) -> Any:
 
 
 def _card(count: int) -> int:
-    import os
-
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= count:
         raise UserError(

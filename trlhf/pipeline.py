@@ -20,7 +20,7 @@ from trlhf.data_report import print_report, write_report
 from trlhf.evaluation.report import by_task, joined, measured, print_suites
 from trlhf.evaluation.suites import wanted
 from trlhf.hardware import say
-from trlhf.launch import check_folder, check_launch
+from trlhf.launch import check_folder, check_launch, warn_of_launch
 from trlhf.plan import announce_memory, print_plan
 from trlhf.preemption import watch
 from trlhf.run import CHECK, RunDirectory, RunResult, planned
@@ -62,6 +62,7 @@ def _lead(config: Config) -> RunResult:
     check_launch(config)
     with watch(), open_run(config) as run:
         setup_logging(run.path)
+        warn_of_launch(config)
         release()  # what a run before this one, which failed, may have left
         check_folder(run)
         if planned(config):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from trlhf.errors import UserError
@@ -63,6 +65,19 @@ def sharding(environment: Mapping[str, str] = os.environ) -> Sharding:
     if wanted("ACCELERATE_USE_FSDP"):
         return "fsdp2" if environment.get("FSDP_VERSION", "1") == "2" else "fsdp1"
     return "none"
+
+
+def zero_stage(environment: Mapping[str, str] = os.environ) -> int:
+    """Return which stage of DeepSpeed's ZeRO the user's accelerate file, or the DeepSpeed file it names, asks for."""
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() in ("", "none"):
+        return _number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+    try:
+        return int(json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"deepspeed_config_file {file} (from your accelerate file): cannot be read ({error})"
+        ) from error
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trlhf.errors import UserError
 from trlhf.models import first_line, load_causal_lm, lora_config, model_path
 from trlhf.seeding import derive_seed
+from trlhf.sharding import shard_if_asked
 
 if TYPE_CHECKING:
     from trlhf.config import Config, ModelConfig
@@ -254,6 +255,7 @@ def load_roles(config: Config, sft: Path, reward: Path, backbone: str, device: s
     adapters on it, and the value's starts as the reward model's. In full fine-tuning each is a model of its own, in
     float32 where it learns whatever ``model.dtype``, since AdamW's small steps would vanish in bfloat16; the reference
     has the policy's type, so that the first KL is 0, and serves as the reward model's backbone where that is the same.
+    Where the user's accelerate file says FSDP 2, each of them is divided among the processes (`trlhf.sharding`).
 
     Args:
         config: ``model``, ``rl`` and ``seed`` matter.
@@ -268,12 +270,20 @@ def load_roles(config: Config, sft: Path, reward: Path, backbone: str, device: s
     critic = config.rl.algorithm == "ppo" and config.rl.advantage == "gae"
     if not config.model.lora.enabled:
         exact = replace(config.model, dtype="float32")
-        policy, reference = Role(load_causal_lm(sft, exact, device)), Role(load_causal_lm(sft, exact, device)).frozen()
-        value = Role(load_causal_lm(reward / "model", exact, device)) if critic else None
+        policy, reference = _own(sft, exact, device), _own(sft, exact, device, learns=False)
+        value = _own(reward / "model", exact, device) if critic else None
         shared = backbone == "sft" and config.model.dtype == "float32"
         return Roles(policy, reference, value, reference if shared else None)
     base = shared_base(sft, config.model, device)
     scorer = reward_role(base, reward, backbone)
     like = REWARD_ADAPTER if backbone == "adapter" else None
     value = base.add("value", config.seed, like) if critic else None
-    return Roles(base.add("policy", config.seed), base.role(base.start), value, scorer)
+    policy = base.add("policy", config.seed)
+    shard_if_asked(base.model)
+    return Roles(policy, base.role(base.start), value, scorer)
+
+
+def _own(path: Path, config: ModelConfig, device: str, learns: bool = True) -> Role:
+    role = Role(load_causal_lm(path, config, device))
+    shard_if_asked((role if learns else role.frozen()).model)
+    return role

@@ -18,6 +18,7 @@ from trlhf.evaluation.answers import extract_answer
 from trlhf.models import encode_prompt
 from trlhf.roles import Role
 from trlhf.seeding import torch_generator
+from trlhf.sharding import whole
 from trlhf.types import Prompt, Rollout
 
 Advance = Callable[[int], None]
@@ -81,7 +82,7 @@ def _sample_as(
     advance: Advance = lambda done: None,
 ) -> list[list[Rollout]]:
     generator = torch.Generator().manual_seed(seed)
-    with role.acting() as model:
+    with whole(role), role.acting() as model:
         return sample_responses(model, tokenizer, prompts, sampling, generator, advance)
 
 

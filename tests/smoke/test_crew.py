@@ -14,8 +14,8 @@ import pytest
 Ended = tuple[int, str, str]  # status, standard output, standard error
 
 
-def launch(case: str) -> list[Ended]:
-    """Run a case in two processes, as a launcher would start them."""
+def launch(case: str, other: str | None = None) -> list[Ended]:
+    """Run a case in two processes, as a launcher would start them; ``other`` is what the second is told instead."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -23,7 +23,7 @@ def launch(case: str) -> list[Ended]:
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(crew_cases.__file__).parents[1])}
     processes = [
         subprocess.Popen(
-            [sys.executable, crew_cases.__file__, case],
+            [sys.executable, crew_cases.__file__, (other or case) if rank else case],
             env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -55,6 +55,12 @@ def test_two_processes_share_what_is_worth_it() -> None:
 def test_one_message_is_printed_and_both_end(case: str, told: str) -> None:
     leader, follower = launch(case)
     assert leader == (2, "", f"trlhf: {told}") and follower == (2, "", "")
+
+
+def test_other_arguments_are_refused() -> None:
+    leader, follower = launch("works", other="stopped")
+    told = "trlhf: process 1 of 2 was started with other arguments than this one, which leads (works stopped); give"
+    assert leader[0] == 2 and leader[2].startswith(told) and follower[0] != 0
 
 
 def test_a_bug_shows_its_traceback_and_where_it_was() -> None:

@@ -94,6 +94,40 @@ def test_a_checkpoint_loads_on_fewer_and_on_more_processes(
     assert len(rows["questions"]) == len(rows["answers"]) == 20
 
 
+# ---- FSDP 2, by the user's accelerate file ----
+
+DIVIDED = (*COMMON, "rl.advantage=gae", "rl.value_warmup_steps=1")
+ACCELERATE_FILE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
+machine_rank: 0
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+use_cpu: false
+"""
+
+
+def test_a_run_on_divided_models_ends_as_one_on_whole_ones(runs: Callable[..., Path], tmp_path: Path) -> None:
+    file, run = tmp_path / "accelerate.yaml", tmp_path / "divided"
+    file.write_text(ACCELERATE_FILE)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    done = subprocess.run(
+        [*command, "--main_process_port", "0", "-m", "trlhf", *DIVIDED, f"run.dir={run}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "in sft every process holds the whole model; rl divides them" in (run / "trlhf.log").read_text()
+    assert list((run / "rl").rglob("shares/*.safetensors"))
+    compared = unlike(runs("whole", DIVIDED), run, NOISE)
+    assert {name: difference for name, difference in compared.items() if difference} == {}
+
+
 # ---- sweeps ----
 
 ONE_STAGE = (*COMMON, "stage=sft", "data.sft_prompts=16")

@@ -102,16 +102,13 @@ def anchor_loss(policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id
 
 
 def hold(
-    policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id: int, denominator: float, coef: float, size: int
+    policy: Role, reference: Role, anchors: Sequence[Anchor], pad_id: int, denominator: float, coef: float
 ) -> float:
-    """Add the gradient of ``coef`` times `anchor_loss`, ``size`` anchors at a time, and return that loss."""
-    total = 0.0
-    for start in range(0, len(anchors), size):
-        with policy.acting():
-            loss = anchor_loss(policy, reference, anchors[start : start + size], pad_id, denominator)
-            (coef * loss).backward()
-        total += float(loss.detach())
-    return total
+    """Add the gradient of ``coef`` times `anchor_loss`, and return that loss."""
+    with policy.acting():
+        loss = anchor_loss(policy, reference, anchors, pad_id, denominator)
+        (coef * loss).backward()
+    return float(loss.detach())
 
 
 def anchor_tokens(anchors: Sequence[Anchor]) -> float:

@@ -19,6 +19,7 @@ from trlhf.rl.judge import settled
 from trlhf.rl.liking import LikingJudge, comparisons
 from trlhf.rl.round import OPEN_KINDS, Round
 from trlhf.seeding import numpy_rng
+from trlhf.sharding import whole
 from trlhf.targeting import Candidate
 from trlhf.targeting.gate import FEWEST_USUAL, OUTLIER_PERCENTILE, gate, mahalanobis_distances, outlier_bound
 from trlhf.targeting.pairs import Options, choose_pairs, pick_pairs
@@ -186,12 +187,12 @@ def implicit_rewards(trainer: Round, prompts: Sequence[Prompt], rollouts: Sequen
     ids = [encode_prompt(trainer.tokenizer, prompt.messages) for prompt in prompts]
     pad_id = int(trainer.tokenizer.pad_token_id)
     rewards: list[float] = []
-    for start in range(0, len(rollouts), rl.microbatch_size):
-        part = slice(start, start + rl.microbatch_size)
-        batch = pad_sequences(ids[part], [r.token_ids for r in rollouts[part]], pad_id).to(reference.device)
-        with reference.acting() as model:
+    with whole(reference), reference.acting() as model:
+        for start in range(0, len(rollouts), rl.microbatch_size):
+            part = slice(start, start + rl.microbatch_size)
+            batch = pad_sequences(ids[part], [r.token_ids for r in rollouts[part]], pad_id).to(reference.device)
             logprobs = response_logprobs(model, batch, rl.temperature)
-        rewards += (logprobs * batch.response_mask).sum(1).tolist()
+            rewards += (logprobs * batch.response_mask).sum(1).tolist()
     own = np.array([sum(rollout.logprobs) for rollout in rollouts])
     return np.asarray(rl.beta * (own - np.array(rewards)))
 

@@ -19,6 +19,7 @@ from trlhf.rl.anchors import Anchor
 from trlhf.rl.health import Health, new_health, protected
 from trlhf.roles import Role
 from trlhf.run import CHECKPOINTS, StageDirectory
+from trlhf.sharding import SHARES, hollow, is_share, put, read_shares, write_shares
 from trlhf.targeting.pass_rates import Look, fit_prior
 
 STATE = "state.pt"
@@ -90,14 +91,11 @@ def save(
         keep: how many regular ones stay, the newest; the protected ones stay beside them.
         kind: ``EXTRA`` for a step that another run would not save; it is only there to go on from, once.
     """
-    trainable = {name: parameter.detach() for name, parameter in policy.trainable().items()}
     anchors = [(a.prompt_id, list(a.prompt_ids), list(a.response_ids), a.answer) for a in progress.anchors]
-    state = {
-        "policy": trainable,
-        "learner": learner.state_dict(),
-        "progress": {**vars(progress), "anchors": anchors},
-    }
+    state = hollow(_weights(policy, learner)) | {"progress": {**vars(progress), "anchors": anchors}}
     with stage.new_directory(str(folder_of(stage, progress.step, kind).relative_to(stage.path))) as folder:
+        if any(map(is_share, policy.trainable().values())):
+            together(_write_shares, folder / SHARES, policy, learner)
         torch.save(state, folder / STATE)
     prune(stage, progress, keep)
 
@@ -158,11 +156,21 @@ def _take_up(path: Path, policy: Role, learner: Learner, state: Mapping[str, Any
     """Give policy and learner a state: the leader, who has read it, and the others, who read it too."""
     if state is None:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            parameter.copy_(state["policy"][name])
+    weights = policy.trainable()
+    state = read_shares(path.parent / SHARES, state, next(iter(weights.values())))
+    for name, parameter in weights.items():
+        put(parameter, state["policy"][name])
     learner.load_state_dict(state["learner"])
     barrier()  # the leader may delete the file next
+
+
+def _weights(policy: Role, learner: Learner) -> dict[str, Any]:
+    trainable = {name: parameter.detach() for name, parameter in policy.trainable().items()}
+    return {"policy": trainable, "learner": learner.state_dict()}
+
+
+def _write_shares(folder: Path, policy: Role, learner: Learner) -> None:
+    write_shares(folder, _weights(policy, learner))
 
 
 def _step(path: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trlhf.config import RlConfig
-from trlhf.distributed import share, sum_counts
+from trlhf.distributed import gather, share, sum_counts
 from trlhf.logprobs import SequenceBatch, can_share_prompts, measured_logprobs, pad_sequences, response_logprobs
 from trlhf.losses.dpo import chosen_nll, dpo_loss
 from trlhf.losses.ppo import kl_estimate
@@ -22,6 +22,7 @@ from trlhf.rl.experience import Group, describe, sampler_logprobs
 from trlhf.rl.hold import AnchorHold
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.roles import Role
+from trlhf.sharding import is_sharded, passes, whole
 
 Metrics = dict[str, float]
 PER_STEP = ("grad_norm", "anchor_kl")  # means over optimizer steps; the others are means over pairs
@@ -127,6 +128,8 @@ class DpoLearner:
         metrics = describe(groups) | self._measure(groups)
         metrics |= {"pairs": float(len(pairs)), "learning_rate": config.learning_rate * lr_scale}
         metrics["anchor_coef"] = self.hold.coef
+        if is_sharded(self.reference.model):
+            self._look_at(pairs)
         sums: defaultdict[str, float] = defaultdict(float)
         skipped, held = self.optimizer.skipped, 0
         for _ in range(config.epochs):
@@ -149,22 +152,28 @@ class DpoLearner:
         config = self.config
         sums: defaultdict[str, float] = defaultdict(float)
         ordered = sorted(share(groups), key=lambda group: len(group.rollouts[0].token_ids))
-        for start in range(0, len(ordered), config.microbatch_size):
-            part = ordered[start : start + config.microbatch_size]
-            rollouts = [group.rollouts[0] for group in part]
-            batch = pad_sequences(
-                [group.prompt_ids for group in part], [x.token_ids for x in rollouts], self.pad_id, self.share_prompts
-            ).to(self.policy.device)
-            mask = batch.response_mask
-            with self.policy.acting() as model:
+        measured = []
+        with whole(self.policy), self.policy.acting() as model:
+            for start in range(0, len(ordered), config.microbatch_size):
+                part = ordered[start : start + config.microbatch_size]
+                rollouts = [group.rollouts[0] for group in part]
+                batch = pad_sequences(
+                    [group.prompt_ids for group in part],
+                    [x.token_ids for x in rollouts],
+                    self.pad_id,
+                    self.share_prompts,
+                ).to(self.policy.device)
                 own, entropy = measured_logprobs(model, batch, config.temperature)
-            with self.reference.acting() as model:
+                mask = batch.response_mask
+                sampled = sampler_logprobs(rollouts, mask)
+                sums["entropy"] += float(masked_sum(entropy, mask))
+                sums["sampler_mismatch"] += float(masked_sum(kl_estimate(sampled, own, "k3"), mask))
+                sums["tokens"] += float(mask.sum())
+                measured.append((batch, own))
+        with whole(self.reference), self.reference.acting() as model:
+            for batch, own in measured:
                 reference = response_logprobs(model, batch, config.temperature)
-            sampled = sampler_logprobs(rollouts, mask)
-            sums["entropy"] += float(masked_sum(entropy, mask))
-            sums["kl_per_response"] += float(masked_sum(kl_estimate(own, reference, "k1"), mask))
-            sums["sampler_mismatch"] += float(masked_sum(kl_estimate(sampled, own, "k3"), mask))
-            sums["tokens"] += float(mask.sum())
+                sums["kl_per_response"] += float(masked_sum(kl_estimate(own, reference, "k1"), batch.response_mask))
         totals = sum_counts(sums)
         tokens = max(1.0, totals.pop("tokens"))
         return {name: value / (len(groups) if name == "kl_per_response" else tokens) for name, value in totals.items()}
@@ -177,12 +186,13 @@ class DpoLearner:
         ordered = sorted(pairs, key=lambda pair: (len(pair.prompt_ids), pair.prompt_ids))  # equal prompts side by side
         own = share(ordered)
         size = max(1, config.microbatch_size // 2)
-        for start in range(0, len(own), size):
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        for part, weight in passes(self.policy.model, parts, filler=ordered[:1]):
             with self.policy.acting():
-                loss, metrics = self._loss(own[start : start + size], float(len(pairs)))
-                loss.backward()
+                loss, metrics = self._loss(part, float(len(pairs)))
+                (weight * loss).backward()
             for name, value in (metrics | {"loss": float(loss.detach()) * len(pairs)}).items():
-                counts[name] += value
+                counts[name] += weight * value
         counts |= self.hold.add_gradient(anchors)
         totals = sum_counts(counts)
         totals |= {"grad_norm": self.optimizer.step() or 0.0, "steps": 1.0, "seen": float(len(pairs))}
@@ -192,9 +202,7 @@ class DpoLearner:
     def _loss(self, pairs: Sequence[Pair], denominator: float) -> tuple[Tensor, Metrics]:
         """Compute the loss of a microbatch: rows are chosen, rejected, chosen, … so that they share their prompts."""
         config = self.config
-        prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
-        responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-        batch = pad_sequences(prompts, responses, self.pad_id, self.share_prompts).to(self.policy.device)
+        batch = self._batch(pairs)
         reference = self._reference(pairs, batch)
         with self.policy.acting() as model:
             policy = response_logprobs(model, batch).sum(1)  # 0 behind a response's end
@@ -221,6 +229,22 @@ class DpoLearner:
                 found = response_logprobs(model, batch).sum(1)
             self._known |= dict(zip(pairs, found.view(-1, 2).unbind(), strict=True))
         return torch.cat([self._known[pair] for pair in pairs])
+
+    def _look_at(self, pairs: Sequence[Pair]) -> None:
+        """Let the reference see all pairs before the first step, each rank its share: later, ranks would differ."""
+        ordered = share(sorted(pairs, key=lambda pair: (len(pair.prompt_ids), pair.prompt_ids)))
+        size = max(1, self.config.microbatch_size // 2)
+        with whole(self.reference):
+            for start in range(0, len(ordered), size):
+                part = ordered[start : start + size]
+                self._reference(part, self._batch(part))
+        found = {pair: value.cpu() for pair, value in self._known.items()}
+        self._known = {pair: value.to(self.policy.device) for part in gather(found) for pair, value in part.items()}
+
+    def _batch(self, pairs: Sequence[Pair]) -> SequenceBatch:
+        prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
+        responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        return pad_sequences(prompts, responses, self.pad_id, self.share_prompts).to(self.policy.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a continued run needs beside the weights of the policy."""

@@ -19,6 +19,7 @@ from trlhf.masks import masked_sum
 from trlhf.rl.experience import Group, sampler_logprobs
 from trlhf.rl.judge import settled
 from trlhf.roles import Role
+from trlhf.sharding import whole
 from trlhf.targeting.frontier import frontier_value
 from trlhf.targeting.pass_rates import describe_samples, fit_prior, looked, posterior, prior_pass_rates, sets
 from trlhf.types import Prompt, Rollout
@@ -118,17 +119,17 @@ def measure_drift(policy: Role, groups: Sequence[Group], config: RlConfig, pad_i
     """
     total = 0.0
     ordered = sorted(share(groups), key=lambda group: len(group.rollouts[0].token_ids))
-    for start in range(0, len(ordered), config.microbatch_size):
-        part = ordered[start : start + config.microbatch_size]
-        rollouts = [group.rollouts[0] for group in part]
-        ids = [group.prompt_ids for group in part]
-        batch = pad_sequences(ids, [r.token_ids for r in rollouts], pad_id, can_share_prompts(policy.model))
-        batch = batch.to(policy.device)
-        with policy.acting() as model:
+    with whole(policy), policy.acting() as model:
+        for start in range(0, len(ordered), config.microbatch_size):
+            part = ordered[start : start + config.microbatch_size]
+            rollouts = [group.rollouts[0] for group in part]
+            ids = [group.prompt_ids for group in part]
+            batch = pad_sequences(ids, [r.token_ids for r in rollouts], pad_id, can_share_prompts(policy.model))
+            batch = batch.to(policy.device)
             now = response_logprobs(model, batch, config.temperature)
-        then = sampler_logprobs(rollouts, batch.response_mask)
-        ratio = (then - now).clamp(-TOKEN_LIMIT, TOKEN_LIMIT)
-        total += float(masked_sum(ratio**2 / 2, batch.response_mask))
+            then = sampler_logprobs(rollouts, batch.response_mask)
+            ratio = (then - now).clamp(-TOKEN_LIMIT, TOKEN_LIMIT)
+            total += float(masked_sum(ratio**2 / 2, batch.response_mask))
     return sum_counts({"drift": total})["drift"] / max(1, len(groups))
 
 

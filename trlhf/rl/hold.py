@@ -10,6 +10,7 @@ from trlhf.distributed import share
 from trlhf.losses.ppo import adapted_kl_coef
 from trlhf.rl.anchors import Anchor, anchor_tokens, hold
 from trlhf.roles import Role
+from trlhf.sharding import passes
 
 
 class AnchorHold:
@@ -40,11 +41,15 @@ class AnchorHold:
         Returns:
             ``anchor_kl``, the share's part of the mean over all their tokens, in nats; nothing where none are held.
         """
-        held = share(anchors) if self.coef else []
-        if not held:
+        if not anchors or not self.coef:
             return {}
-        tokens, size = anchor_tokens(anchors), self.config.microbatch_size
-        return {"anchor_kl": hold(self.policy, self.reference, held, self.pad_id, tokens, self.coef, size)}
+        held, size = share(anchors), self.config.microbatch_size
+        parts = [held[start : start + size] for start in range(0, len(held), size)]
+        found = [
+            weight * hold(self.policy, self.reference, part, self.pad_id, anchor_tokens(anchors), weight * self.coef)
+            for part, weight in passes(self.policy.model, parts, filler=anchors[:1])
+        ]
+        return {"anchor_kl": sum(found)} if held else {}
 
     def adapt(self, kl: float | None, responses: int) -> None:
         """Let the coefficient follow its target, if there is one.

@@ -16,6 +16,7 @@ from trlhf.rl.round import Round
 from trlhf.roles import Role
 from trlhf.rollout import Sampling, sample_as
 from trlhf.seeding import derive_seed
+from trlhf.sharding import local
 
 log = logging.getLogger("trlhf")
 GRID = (0.25, 0.5, 0.75, 1.0)
@@ -80,13 +81,13 @@ class Weights:
     """A copy of what a role learns with."""
 
     def __init__(self, role: Role) -> None:
-        self._kept = {name: value.detach().cpu().clone() for name, value in role.trainable().items()}
+        self._kept = {name: local(value.detach()).cpu().clone() for name, value in role.trainable().items()}
 
     @torch.no_grad()
     def put_back(self, role: Role) -> None:
         """Give a role these weights again."""
         for name, value in role.trainable().items():
-            value.copy_(self._kept[name])
+            local(value).copy_(self._kept[name])
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 from torch.nn import Parameter
 
 from trlhf.config import RlConfig
-from trlhf.distributed import sum_gradients
 from trlhf.errors import UserError
+from trlhf.sharding import like, sum_and_clip
 
 MAX_BAD_STEPS = 3
 
@@ -50,8 +50,7 @@ class GuardedOptimizer:
         Raises:
             UserError: the third gradient in a row that is not finite.
         """
-        sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = sum_and_clip(self.parameters, self.max_grad_norm)
         if torch.isfinite(norm):
             self.bad_steps = 0
             self.adamw.step()
@@ -70,6 +69,10 @@ class GuardedOptimizer:
         return {"adamw": self.adamw.state_dict(), "bad_steps": self.bad_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`."""
-        self.adamw.load_state_dict(state["adamw"])
+        """Take up the state of `state_dict`, whole or divided as the parameters are."""
+        moments = {
+            number: {name: like(value, self.parameters[number]) for name, value in found.items()}
+            for number, found in state["adamw"]["state"].items()
+        }
+        self.adamw.load_state_dict({**state["adamw"], "state": moments})
         self.bad_steps = state["bad_steps"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trlhf.advantages import explained_variance, gae, leave_one_out, whiten
 from trlhf.config import RlConfig
@@ -22,6 +23,7 @@ from trlhf.rl.hold import AnchorHold
 from trlhf.rl.optimizer import GuardedOptimizer
 from trlhf.rl.rollout_batch import Experience, blank_experience
 from trlhf.roles import Role
+from trlhf.sharding import passes, put, whole
 
 Metrics = dict[str, float]
 PER_STEP = ("grad_norm", "anchor_kl")  # means over optimizer steps; the others are means over response tokens
@@ -109,20 +111,7 @@ class PpoLearner:
         mask = experience.mask
         scores = torch.tensor([group.rewards for group in groups], device=mask.device)
         trust = torch.tensor([group.weights for group in groups], device=mask.device).flatten()[:, None]
-        entropy = torch.zeros(mask.shape, device=mask.device)
-        with torch.no_grad():
-            for rows in experience.microbatches(share(experience.groups), config.microbatch_size):
-                batch = experience.batch(rows, self.pad_id, self.share_prompts)
-                width = batch.response_mask.shape[1]
-                with self.policy.acting() as model:
-                    own, spread = measured_logprobs(model, batch, config.temperature)
-                experience.old_logprobs[rows, :width] = own
-                entropy[rows, :width] = spread
-                with self.reference.acting() as model:
-                    reference = response_logprobs(model, batch, config.temperature)
-                experience.reference_logprobs[rows, :width] = reference
-                if self.critic is not None:
-                    experience.old_values[rows, :width] = self.critic(batch)
+        entropy = self._measure(experience)
         sum_tensors((experience.old_logprobs, experience.reference_logprobs, experience.old_values, entropy))
         kl = kl_estimate(experience.old_logprobs, experience.reference_logprobs, "k1")
         if self.critic is None:
@@ -147,6 +136,27 @@ class PpoLearner:
             measured["explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
         return experience, measured
 
+    @torch.no_grad()
+    def _measure(self, experience: Experience) -> Tensor:
+        """Let each model look at this rank's share of the rows, one model after the other; return the entropy [B R]."""
+        config = self.config
+        entropy = torch.zeros_like(experience.old_logprobs)
+        own = list(experience.microbatches(share(experience.groups), config.microbatch_size))
+        batches = [experience.batch(rows, self.pad_id, self.share_prompts) for rows in own]
+        widths = [batch.response_mask.shape[1] for batch in batches]
+        with whole(self.policy), self.policy.acting() as model:
+            for rows, width, batch in zip(own, widths, batches, strict=True):
+                logprobs, entropy[rows, :width] = measured_logprobs(model, batch, config.temperature)
+                experience.old_logprobs[rows, :width] = logprobs
+        with whole(self.reference), self.reference.acting() as model:
+            for rows, width, batch in zip(own, widths, batches, strict=True):
+                experience.reference_logprobs[rows, :width] = response_logprobs(model, batch, config.temperature)
+        if self.critic is not None:
+            with whole(self.critic.role):
+                for rows, width, batch in zip(own, widths, batches, strict=True):
+                    experience.old_values[rows, :width] = self.critic(batch)
+        return entropy
+
     def _sampler_mismatch(self, experience: Experience, groups: Sequence[Group]) -> float:
         """Compare the sampler's log-probabilities with the training model's: KL(sampler ‖ policy), k3, per token."""
         mask = experience.mask
@@ -168,8 +178,9 @@ class PpoLearner:
         self.optimizer.zero_grad()
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad()
-        for rows in experience.microbatches(share(groups), config.microbatch_size):
-            self._backward(experience, rows, denominator, counts, warmup)
+        own = list(experience.microbatches(share(groups), config.microbatch_size))
+        for rows, weight in passes(self.policy.model, own, filler=groups[0][:1]):
+            self._backward(experience, rows, denominator, counts, warmup, weight)
         if not warmup:
             counts |= self.hold.add_gradient(anchors)
         counts = defaultdict(float, sum_counts(counts))
@@ -188,8 +199,9 @@ class PpoLearner:
         denominator: float,
         counts: defaultdict[str, float],
         warmup: bool,
+        weight: float,
     ) -> None:
-        """Add the gradients of a microbatch, and its sums to ``counts``."""
+        """Add the gradients of a microbatch, and its sums to ``counts``; ``weight`` 0: only keep the others company."""
         config = self.config
         batch = experience.batch(rows, self.pad_id, self.share_prompts)
         mask = batch.response_mask
@@ -199,7 +211,7 @@ class PpoLearner:
             with self.critic.role.acting():  # also while the backward pass recomputes what was not kept
                 values = self.critic(batch)
                 loss, found = value_loss(values, old_values, returns, mask, denominator, config.value_clip_range)
-                (config.value_coef * loss).backward()
+                (weight * config.value_coef * loss).backward()
             found |= {"value_loss": float(loss.detach()) * denominator}
         if not warmup:
             with self.policy.acting() as model:
@@ -208,10 +220,10 @@ class PpoLearner:
                 penalty, kl = kl_loss(logprobs, reference, mask, denominator)
                 if config.kl_in == "loss":
                     loss = loss + self.kl_coef * penalty
-                loss.backward()
+                (weight * loss).backward()
             found |= more | kl | {"loss": float(loss.detach()) * denominator}
         for name, value in found.items():
-            counts[name] += value
+            counts[name] += weight * value
 
     def _skipped(self) -> int:
         """Return how many steps were skipped so far, the critic's included."""
@@ -231,8 +243,7 @@ class PpoLearner:
         """Take up the state of `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None and self.critic_optimizer is not None:
-            with torch.no_grad():
-                for name, value in self.critic.trainable().items():
-                    value.copy_(state["critic"][name])
+            for name, value in self.critic.trainable().items():
+                put(value, state["critic"][name])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.kl_coef, self.hold.coef = state["kl_coef"], state["anchor_coef"]

@@ -30,6 +30,7 @@ from trlhf.rl.round import RlInputs, Round, samples_file
 from trlhf.roles import Roles
 from trlhf.run import StageDirectory
 from trlhf.seeding import python_rng
+from trlhf.sharding import whole
 
 __all__ = ["RlInputs", "train_rl"]
 log = logging.getLogger("trlhf")
@@ -97,7 +98,7 @@ def train_rl(config: Config, stage: StageDirectory, inputs: RlInputs) -> dict[st
                 break
     stopped = end_early(trainer, learner)
     interpolation = interpolate(trainer)
-    with stage.new_directory("model") as folder:
+    with stage.new_directory("model") as folder, whole(policy):
         save_model(policy.model, tokenizer, folder, config.model.dtype, policy.adapter)
     if policy.base is not None:
         with stage.new_directory("adapter") as folder:
