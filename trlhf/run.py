@@ -245,7 +245,7 @@ class RunDirectory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
         if self.dated and isinstance(error, UserError) and not self._worked():
-            shutil.rmtree(self.path, ignore_errors=True)  # nobody asked for it, and there is nothing in it to go on from
+            shutil.rmtree(self.path, ignore_errors=True)  # nobody named it; nothing in it can be continued
 
     def _worked(self) -> bool:
         """Say whether a stage has begun, or a label was bought."""
