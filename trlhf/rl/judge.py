@@ -129,8 +129,8 @@ class AnswerJudge:
             np.ones(len(places)),
         )
         of, many = np.array([samples[i] for i in places], int), np.array(counts, int)
-        found = AnswerTable(answers, tuple(names), many, tuple(kept), tuple(places), of, tuple(told))
-        return replace(found, answers=found.at(self.flip_rate))
+        table = AnswerTable(answers, tuple(names), many, tuple(kept), tuple(places), of, tuple(told))
+        return replace(table, answers=table.at(self.flip_rate))
 
     def fit(
         self,
