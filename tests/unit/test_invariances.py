@@ -255,19 +255,26 @@ def test_padding_on_the_left_changes_no_rollout(
         assert greedy[1:] == greedy[:1] * 2
 
 
-def test_prompts_are_padded_on_the_left_and_their_positions_start_at_zero(
-    sampler: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = sampler
+def watch_forward(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return the list to which every forward pass from now on adds what it is given."""
     calls: list[dict[str, Any]] = []
     forward = type(model).forward
 
     def watched(self: Any, **arguments: Any) -> Any:
         names = ("input_ids", "attention_mask", "position_ids")
-        calls.append({name: arguments[name].clone() for name in names if name in arguments})
+        calls.append({name: arguments[name].clone() for name in names if arguments.get(name) is not None})
         return forward(self, **arguments)
 
     monkeypatch.setattr(type(model), "forward", watched)
+    return calls
+
+
+def test_prompts_are_padded_on_the_left_and_their_positions_start_at_zero(
+    sampler: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = sampler
+    calls = watch_forward(model, monkeypatch)
+    monkeypatch.setattr("trlhf.decoding.plain_attention", lambda *_: False)  # as with an architecture of its own
     sample_responses(model, tokenizer, PROMPTS, Sampling(0, 3, 1, 64), torch.Generator())
     lengths = sorted(len(encode_prompt(tokenizer, prompt.messages)) for prompt in PROMPTS)
     assert len(set(lengths)) > 1 and len(calls) == 3
@@ -278,6 +285,21 @@ def test_prompts_are_padded_on_the_left_and_their_positions_start_at_zero(
         assert first["input_ids"][:blank] == [PAD] * blank and PAD not in first["input_ids"][blank:]
         assert first["position_ids"][blank:] == list(range(length))
     assert calls[1]["position_ids"].flatten().tolist() == lengths  # nobody has ended yet
+
+
+def test_prompts_that_share_a_pass_have_the_positions_that_each_has_alone(
+    sampler: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = sampler
+    calls = watch_forward(model, monkeypatch)
+    sample_responses(model, tokenizer, PROMPTS, Sampling(0, 3, 1, 64), torch.Generator())
+    (read,) = ({name: value.flatten().tolist() for name, value in call.items()} for call in calls)
+    alone = [encode_prompt(tokenizer, prompt.messages) for prompt in PROMPTS]
+    common = next(n for n, column in enumerate(zip(*alone, strict=False)) if len(set(column)) > 1)
+    assert common > 0 and PAD not in read["input_ids"]
+    found = list(zip(read["input_ids"], read["position_ids"], strict=True))
+    wanted = [*enumerate(alone[0][:common]), *(pair for ids in alone for pair in list(enumerate(ids))[common:])]
+    assert sorted((place, token) for token, place in found) == sorted(wanted)
 
 
 def test_a_response_ends_at_its_first_eos_and_that_is_its_last_token_in_every_loss(
