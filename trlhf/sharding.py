@@ -10,6 +10,7 @@ Adapters are small and stay whole everywhere; of their base every process holds 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from trlhf.processes import sharding
 if TYPE_CHECKING:
     from trlhf.roles import Role
 
+log = logging.getLogger("trlhf")
 T = TypeVar("T")
 SHARES = "shares"  # folder of a checkpoint: one safetensors file a process, read by any number of processes
 _gathered: WeakSet[nn.Module] = WeakSet()
@@ -40,7 +42,9 @@ _gathered: WeakSet[nn.Module] = WeakSet()
 def shard_if_asked(model: Any) -> Any:
     """Divide a model among the processes if the user's accelerate file says FSDP 2; in place, and returned."""
     if world()[1] > 1 and sharding() == "fsdp2":
+        count = sum(value.numel() for value in model.parameters())
         shard(model)
+        log.info("%s weights are divided among %d processes (FSDP 2)", f"{count:,}", world()[1])
     return model
 
 
